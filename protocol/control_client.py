@@ -1,0 +1,121 @@
+"""A client's end of the control channel: hello, then one question and one answer at a time. Blocks its caller only.
+
+The open connection is the session: closing it gives back all the daemon held for it. The daemon is not trusted more
+than a file: whose process it is, every length and every answer is checked here.
+"""
+
+import os
+import socket
+from types import TracebackType
+from typing import TypeVar
+
+from protocol import fdpass
+from protocol.codec import decode, encode
+from protocol.errors import DaemonUnavailable, MalformedMessage, RequestRefused, VersionMismatch
+from protocol.messages import Attach, Attached, Code, Draining, Hello, Message, Refused, Welcome
+from protocol.runtime_dir import RuntimeDir, check_runtime_dir
+from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
+from protocol.version import HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION, LOWEST_PROTOCOL_VERSION
+
+_Answer = TypeVar("_Answer", bound=Message)
+
+
+class ControlClient:
+    """One session with the daemon; a context manager. Not for several threads at once."""
+
+    def __init__(self, directory: RuntimeDir, *, timeout_s: float = 10.0) -> None:
+        """Connect and say hello; raise RuntimeDirError, DaemonUnavailable or VersionMismatch."""
+        if not directory.path.exists():
+            raise DaemonUnavailable("no expertd runs")
+        check_runtime_dir(directory)
+        self._sock = fdpass.connect(directory.control_socket, timeout_s)
+        try:
+            _check_owner(self._sock)
+            self.welcome = self._say_hello()
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def __enter__(self) -> "ControlClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session."""
+        self._sock.close()
+
+    def ask(self, question: Message, answer: type[_Answer]) -> _Answer:
+        """Return the daemon's answer; raise RequestRefused, DaemonUnavailable or MalformedMessage."""
+        self._send(question)
+        while True:
+            reply, fds = self._receive()
+            fdpass.close_all(fds)
+            if not isinstance(reply, Draining):  # said unasked; the answer still comes
+                return _expect(reply, answer)
+
+    def attach(self, digest: str) -> list[int]:
+        """Return the descriptors of a loaded store, catalogue first, which the caller owns; raise as `ask` does."""
+        self._send(Attach(digest))
+        reply, fds = self._receive()
+        while isinstance(reply, Draining):
+            reply, fds = self._receive()
+        try:
+            attached = _expect(reply, Attached)
+        except BaseException:
+            fdpass.close_all(fds)
+            raise
+        return fdpass.receive_more_fds(self._sock, fds, attached.n_fds)
+
+    def _say_hello(self) -> Welcome:
+        try:
+            return self.ask(Hello(LOWEST_PROTOCOL_VERSION, HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION), Welcome)
+        except RequestRefused as refusal:
+            if refusal.code != Code.VERSION_MISMATCH:
+                raise
+            raise VersionMismatch(
+                f"{refusal.detail}; this client speaks {LOWEST_PROTOCOL_VERSION} to {HIGHEST_PROTOCOL_VERSION}: "
+                "stop the old daemon with `expertd stop`"
+            ) from None
+
+    def _send(self, message: Message) -> None:
+        try:
+            fdpass.send_packet(self._sock, encode(message))
+        except OSError as error:
+            raise _unavailable(error) from None
+
+    def _receive(self) -> tuple[Message, list[int]]:
+        try:
+            data, fds = fdpass.receive_packet_with_fds(self._sock, MESSAGE_NBYTES_MAX)
+        except OSError as error:
+            raise _unavailable(error) from None
+        if not data:
+            raise DaemonUnavailable("expertd closed the connection")
+        try:
+            return decode(data, Channel.CONTROL, Sender.DAEMON), fds
+        except MalformedMessage:
+            fdpass.close_all(fds)
+            raise
+
+
+def _check_owner(sock: socket.socket) -> None:
+    peer = fdpass.peer_credentials(sock)
+    if peer.uid != os.geteuid():
+        raise DaemonUnavailable(f"the process at the control socket belongs to user {peer.uid}")
+
+
+def _expect(reply: Message, answer: type[_Answer]) -> _Answer:
+    if isinstance(reply, Refused):
+        raise RequestRefused(reply.code, reply.detail)
+    if not isinstance(reply, answer):
+        raise MalformedMessage(f"{answer.__name__} was expected from expertd, {type(reply).__name__} came")
+    return reply
+
+
+def _unavailable(error: OSError) -> DaemonUnavailable:
+    if isinstance(error, socket.timeout):
+        return DaemonUnavailable("expertd did not answer in time")
+    return DaemonUnavailable(f"the connection to expertd broke ({error.strerror or error})")

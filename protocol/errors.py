@@ -1,0 +1,68 @@
+"""The errors of what is agreed on.
+
+ProtocolError
+├── MalformedMessage    bytes from a peer that are no message of the schema
+├── VersionMismatch     the peers have no protocol version in common
+├── UnknownScheme       a quantization scheme this version does not know
+├── UnknownLayout       a record layout this version does not know
+├── LayoutError         a matrix that does not fit its scheme
+├── ManifestError       a manifest that is damaged, hostile or of another format version
+├── SegmentError        shared memory that is not what was promised: seals, size, bounds
+├── OutOfMemory         memory for a segment could not be had
+├── RuntimeDirError     the directory of the sockets is not safely ours
+├── DaemonUnavailable   nobody answers on the control socket
+└── RequestRefused      the daemon's answer to a request it will not carry out
+"""
+
+
+class ProtocolError(Exception):
+    """Base of all errors of this package."""
+
+
+class MalformedMessage(ProtocolError):
+    """Bytes that are no message of the schema."""
+
+
+class VersionMismatch(ProtocolError):
+    """No protocol version in common."""
+
+
+class UnknownScheme(ProtocolError):
+    """A quantization scheme that this version does not know."""
+
+
+class UnknownLayout(ProtocolError):
+    """A record layout that this version does not know."""
+
+
+class LayoutError(ProtocolError):
+    """A matrix whose shape does not fit its scheme."""
+
+
+class ManifestError(ProtocolError):
+    """A manifest that is damaged, hostile or of another format version."""
+
+
+class SegmentError(ProtocolError):
+    """Shared memory that is not what was promised."""
+
+
+class OutOfMemory(ProtocolError):
+    """Memory for a segment could not be had."""
+
+
+class RuntimeDirError(ProtocolError):
+    """The directory of the sockets is not safely ours."""
+
+
+class DaemonUnavailable(ProtocolError):
+    """Nobody answers on the control socket."""
+
+
+class RequestRefused(ProtocolError):
+    """The daemon's answer to a request it will not carry out; `code` says why in one of the schema's words."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"{detail} ({code})")
+        self.code = code
+        self.detail = detail

@@ -1,0 +1,292 @@
+"""The manifest of a store: what it holds, where each record lies, and the checksum of every byte.
+
+`manifest.json` is compact JSON with sorted keys; its `digest` is the sha256 of the same document without that key. As
+it lists the xxh3-128 of every record and the sha256 of every other file, the digest stands for the whole content.
+Reading bounds everything before it is used: a manifest comes from a directory anybody may have made.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+from protocol.errors import LayoutError, ManifestError, UnknownLayout, UnknownScheme
+from protocol.handles import ExpertKey
+from protocol.layout import PAGE_NBYTES, Part, record_nbytes
+from protocol.schemes import scheme_named
+from protocol.version import STORE_FORMAT_VERSION
+
+MANIFEST_FILE = "manifest.json"
+DENSE_FILE = "dense.safetensors"
+MANIFEST_NBYTES_MAX = 16 << 20
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")
+_HEX32 = re.compile(r"[0-9a-f]{32}\Z")
+_HEX64 = re.compile(r"[0-9a-f]{64}\Z")
+_EXPERTS_MAX = 1 << 16
+_DENSE_MAX = 1 << 16
+_PARTS_MAX = 32
+_FILES_MAX = 64
+
+_Record = TypeVar("_Record")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What must be known of the model to compute with its experts."""
+
+    architecture: str
+    n_layers: int
+    n_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    activation: str
+    gate_function: str
+    gate_normalization: str
+    n_shared_experts: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSchemes:
+    """The scheme of each class of tensors; embeddings, norms and gates are `other`."""
+
+    experts: str
+    attention: str
+    head: str
+    other: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where one record lies on disk, and how it is checked. `offset` counts from the file's first byte."""
+
+    layout_id: str
+    parts: tuple[Part, ...]
+    file: str
+    offset: int
+    nbytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file of the store that holds no records: configuration, tokenizer."""
+
+    name: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of one store."""
+
+    model: ModelFacts
+    schemes: TensorSchemes
+    solver: str
+    experts: dict[ExpertKey, Record]
+    dense: dict[str, Record]
+    files: tuple[SideFile, ...]
+
+    @property
+    def experts_nbytes(self) -> int:
+        """The bytes of all experts' records."""
+        return sum(record.nbytes for record in self.experts.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """The bytes of all dense records."""
+        return sum(record.nbytes for record in self.dense.values())
+
+    @property
+    def digest(self) -> str:
+        """The sha256 that names this content, in hex."""
+        return hashlib.sha256(_canonical(_document(self))).hexdigest()
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """Return the bytes of manifest.json."""
+    document = _document(manifest)
+    return _canonical(document | {"digest": manifest.digest})
+
+
+def load_manifest(data: bytes) -> Manifest:
+    """Return the manifest in those bytes; raise ManifestError unless it is whole, bounded and of this format."""
+    if len(data) > MANIFEST_NBYTES_MAX:
+        raise ManifestError(f"{MANIFEST_FILE}: {len(data)} bytes, at most {MANIFEST_NBYTES_MAX} are allowed")
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{MANIFEST_FILE}: not JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise ManifestError(f"{MANIFEST_FILE}: an object was expected, {type(document).__name__} came")
+    _check_format_version(document)
+    digest = document.pop("digest", None)
+    expected = hashlib.sha256(_canonical(document)).hexdigest()
+    if digest != expected:
+        raise ManifestError(f"{MANIFEST_FILE}: its digest does not match its content; the file was changed or cut")
+    return _read_manifest(document)
+
+
+def _document(manifest: Manifest) -> dict[str, object]:
+    return {
+        "format_version": STORE_FORMAT_VERSION,
+        "model": _plain(manifest.model),
+        "schemes": _plain(manifest.schemes),
+        "solver": manifest.solver,
+        "experts": [[*key, *_plain_record(record)] for key, record in manifest.experts.items()],
+        "dense": [[name, *_plain_record(record)] for name, record in manifest.dense.items()],
+        "files": [_plain(file) for file in manifest.files],
+    }
+
+
+def _canonical(document: object) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _plain(record: object) -> dict[str, object]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
+
+
+def _plain_record(record: Record) -> list[object]:
+    parts = [[part.name, part.rows, part.cols, part.scheme] for part in record.parts]
+    return [record.layout_id, parts, record.file, record.offset, record.nbytes, record.xxh3_128]
+
+
+def _check_format_version(document: dict[str, object]) -> None:
+    version = document.get("format_version")
+    if version != STORE_FORMAT_VERSION:
+        raise ManifestError(
+            f"{MANIFEST_FILE}: store format version {version!r}, this expertd reads version {STORE_FORMAT_VERSION}; "
+            "quantize the checkpoint again"
+        )
+
+
+def _read_manifest(document: dict[str, object]) -> Manifest:
+    model = _read_flat(ModelFacts, "model", document.get("model"))
+    experts: dict[ExpertKey, Record] = {}
+    for item in _list(document, "experts", _EXPERTS_MAX):
+        key, record = _read_expert(item, model)
+        if key in experts:
+            raise ManifestError(f"{key}: listed twice")
+        experts[key] = record
+    expected = model.n_layers * model.n_experts
+    if len(experts) != expected:
+        raise ManifestError(f"experts: {len(experts)} listed, {model.n_layers} x {model.n_experts} expected")
+    dense: dict[str, Record] = {}
+    for item in _list(document, "dense", _DENSE_MAX):
+        name, record = _read_dense(item)
+        if name in dense:
+            raise ManifestError(f"{name}: listed twice")
+        dense[name] = record
+    schemes = _read_flat(TensorSchemes, "schemes", document.get("schemes"))
+    _guarded("schemes", lambda: [scheme_named(getattr(schemes, field.name)) for field in fields(schemes)])
+    return Manifest(
+        model=model,
+        schemes=schemes,
+        solver=_text(document.get("solver"), "solver"),
+        experts=experts,
+        dense=dense,
+        files=tuple(_read_side_file(item) for item in _list(document, "files", _FILES_MAX)),
+    )
+
+
+def _read_expert(item: object, model: ModelFacts) -> tuple[ExpertKey, Record]:
+    if not isinstance(item, list) or len(item) != 8:
+        raise ManifestError("experts: an item is no list of 8")
+    key = ExpertKey(_count(item[0], "layer", model.n_layers - 1), _count(item[1], "expert", model.n_experts - 1))
+    return key, _read_record(str(key), item[2:])
+
+
+def _read_dense(item: object) -> tuple[str, Record]:
+    if not isinstance(item, list) or len(item) != 7:
+        raise ManifestError("dense: an item is no list of 7")
+    name = _text(item[0], "dense name")
+    return name, _read_record(name, item[1:])
+
+
+def _read_record(name: str, values: list[object]) -> Record:
+    layout_id, parts, file, offset, nbytes, checksum = values
+    if not isinstance(parts, list) or not 0 < len(parts) <= _PARTS_MAX:
+        raise ManifestError(f"{name}: 1 to {_PARTS_MAX} parts are expected")
+    record = Record(
+        layout_id=_text(layout_id, f"{name}: layout_id"),
+        parts=tuple(_read_part(name, part) for part in parts),
+        file=_matching(file, f"{name}: file", _FILE_NAME),
+        offset=_count(offset, f"{name}: offset", 1 << 62),
+        nbytes=_count(nbytes, f"{name}: nbytes", 1 << 40),
+        xxh3_128=_matching(checksum, f"{name}: xxh3_128", _HEX32),
+    )
+    expected = _guarded(name, lambda: record_nbytes(record.layout_id, record.parts))
+    if record.nbytes != expected:
+        raise ManifestError(f"{name}: {record.nbytes} bytes, its parts need {expected}")
+    if record.offset % PAGE_NBYTES:
+        raise ManifestError(f"{name}: offset {record.offset} is not a multiple of {PAGE_NBYTES}")
+    return record
+
+
+def _read_part(name: str, item: object) -> Part:
+    if not isinstance(item, list) or len(item) != 4:
+        raise ManifestError(f"{name}: a part is no list of 4")
+    part_name = _text(item[0], f"{name}: part name")
+    return Part(
+        part_name,
+        _count(item[1], f"{name}: rows of {part_name}", 1 << 40),
+        _count(item[2], f"{name}: cols of {part_name}", 1 << 40),
+        _text(item[3], f"{name}: scheme of {part_name}"),
+    )
+
+
+def _read_side_file(item: object) -> SideFile:
+    side_file = _read_flat(SideFile, "files", item)
+    _matching(side_file.name, "files: name", _FILE_NAME)
+    _matching(side_file.sha256, f"{side_file.name}: sha256", _HEX64)
+    return side_file
+
+
+def _read_flat(cls: type[_Record], name: str, item: object) -> _Record:
+    """Return a flat dataclass of texts and counts; raise ManifestError for a missing, unknown or mistyped field."""
+    kinds = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(item, dict) or set(item) != set(kinds):
+        raise ManifestError(f"{name}: the fields {', '.join(kinds)} are expected")
+    values = {
+        field: _text(item[field], f"{name}.{field}") if kind in (str, "str") else _count(item[field], f"{name}.{field}")
+        for field, kind in kinds.items()
+    }
+    return cls(**values)
+
+
+def _list(document: dict[str, object], name: str, length_max: int) -> list[object]:
+    value = document.get(name)
+    if not isinstance(value, list) or len(value) > length_max:
+        raise ManifestError(f"{name}: a list of at most {length_max} is expected")
+    return value
+
+
+def _count(value: object, name: str, maximum: int = 1 << 40) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= maximum:
+        raise ManifestError(f"{name}: a whole number from 0 to {maximum} is expected, {value!r:.40} came")
+    return value
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= 256:
+        raise ManifestError(f"{name}: a text of 1 to 256 characters is expected, {value!r:.40} came")
+    return value
+
+
+def _matching(value: object, name: str, pattern: re.Pattern[str]) -> str:
+    if not isinstance(value, str) or not pattern.match(value):
+        raise ManifestError(f"{name}: {value!r:.60} is not of the form {pattern.pattern}")
+    return value
+
+
+def _guarded(name: str, check: Callable[[], _Record]) -> _Record:
+    """Return what check returns; say of which record an unknown or impossible layout is."""
+    try:
+        return check()
+    except (LayoutError, UnknownLayout, UnknownScheme) as error:
+        raise ManifestError(f"{name}: {error}") from None

@@ -1,0 +1,118 @@
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from protocol.errors import SegmentError
+from protocol.segment import (
+    HUGE_PAGE_NBYTES,
+    SegmentBuilder,
+    check_seals_hold,
+    check_segment,
+    make_segment,
+    map_segment,
+    segment_nbytes,
+)
+
+
+@pytest.fixture
+def sealed() -> Iterator[int]:
+    fd = make_segment("test", b"immutable" * 1000)
+    yield fd
+    os.close(fd)
+
+
+def test_a_segment_holds_what_was_written_into_it() -> None:
+    with SegmentBuilder("test", 3 * HUGE_PAGE_NBYTES + 4096) as builder:
+        builder.populate(0, builder.nbytes, collapse_until=time.monotonic() + 10)
+        builder.view[-5:] = b"hello"
+        fd = builder.seal()
+
+    view = map_segment(fd, segment_nbytes(fd))
+    os.close(fd)
+
+    assert bytes(view[-5:]) == b"hello"
+    assert not any(view[:4096])
+
+
+def test_a_mapping_lies_where_huge_pages_can_be_used(sealed: int) -> None:
+    view = map_segment(sealed, 9000)
+
+    address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+
+    assert address % HUGE_PAGE_NBYTES == 0
+
+
+def test_a_mapping_lives_as_long_as_the_last_tensor_over_it() -> None:
+    fd = make_segment("test", b"immutable" * 1000)
+    view = map_segment(fd, 9000)
+    os.close(fd)
+    tensor = torch.frombuffer(view[9:18], dtype=torch.uint8)
+
+    del view
+
+    assert bytes(tensor.tolist()) == b"immutable"
+    assert "memfd:test" in _maps()
+    del tensor
+    assert "memfd:test" not in _maps()
+
+
+@pytest.mark.parametrize("nbytes", [8999, 9001, 0, 1 << 40])
+def test_a_segment_of_another_size_is_not_mapped(sealed: int, nbytes: int) -> None:
+    with pytest.raises(SegmentError, match="9000 bytes"):
+        map_segment(sealed, nbytes)
+
+
+def test_an_unsealed_memfd_is_not_mapped() -> None:
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 4096)
+
+    with pytest.raises(SegmentError, match="its content could change"):
+        map_segment(fd, 4096)
+
+    os.close(fd)
+
+
+def test_a_descriptor_that_is_no_memory_is_not_mapped() -> None:
+    reader, writer = os.pipe()
+
+    with pytest.raises(SegmentError, match="no sealable memory"):
+        check_segment(reader, 1)
+
+    os.close(reader)
+    os.close(writer)
+
+
+def test_the_descriptor_given_out_cannot_write(sealed: int) -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.pwrite(sealed, b"x", 0)
+    with pytest.raises(OSError, match=r"Invalid argument|Operation not permitted"):
+        os.ftruncate(sealed, 1)
+
+
+def test_the_seals_hold_on_this_kernel() -> None:
+    check_seals_hold()
+
+
+def test_closing_an_unfinished_segment_frees_it() -> None:
+    builder = SegmentBuilder("unfinished", 4096)
+
+    builder.close()
+    builder.close()
+
+    assert "memfd:unfinished" not in _maps()
+    with pytest.raises(SegmentError):
+        builder.seal()
+
+
+def test_an_empty_segment_is_refused() -> None:
+    with pytest.raises(SegmentError):
+        SegmentBuilder("empty", 0)
+
+
+def _maps() -> str:
+    with open("/proc/self/maps") as maps:  # noqa: PTH123 - not a file of ours
+        return maps.read()
