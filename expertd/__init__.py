@@ -1,0 +1,1 @@
+"""The daemon that owns a model's experts, and the converter that makes them. The serving modules import no torch."""

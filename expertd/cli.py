@@ -1,0 +1,223 @@
+"""The `expertd` command: arguments, and what a user reads. Everything else is elsewhere and imported when needed."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from expertd.errors import ExpertdError
+from expertd.progress import progress_bar
+from protocol.errors import DaemonUnavailable, ProtocolError
+from protocol.version import LIBRARY_VERSION
+
+if TYPE_CHECKING:
+    from protocol.control_client import ControlClient
+    from protocol.messages import StoreStatus
+
+STORE = click.argument("store", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(LIBRARY_VERSION, prog_name="expertd")
+def cli() -> None:
+    """Keep one copy of a model's quantized experts in memory, for every runner on this machine."""
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@STORE
+@click.option("--config", type=click.Path(path_type=Path), required=True, help="Which scheme for what: configs/*.toml.")
+@click.option("--force", is_flag=True, help="Replace an existing store.")
+@click.option("--jobs", type=click.IntRange(1, 256), default=None, help="Worker threads [default: all processors].")
+def quantize(checkpoint: Path, store: Path, config: Path, force: bool, jobs: int | None) -> None:
+    """Make STORE from the Hugging Face Mixtral checkpoint in the folder CHECKPOINT."""
+    from expertd.convert.config import load_config
+    from expertd.convert.errors import ConvertError
+    from expertd.convert.quantize import quantize_checkpoint
+
+    n_jobs = jobs or len(os.sched_getaffinity(0))
+    try:
+        with progress_bar("quantizing") as on_progress:
+            manifest = quantize_checkpoint(
+                checkpoint,
+                store,
+                load_config(config),
+                force=force,
+                n_jobs=n_jobs,
+                on_progress=lambda progress: on_progress(progress.done_nbytes, progress.total_nbytes),
+            )
+    except ConvertError as error:
+        raise ExpertdError(str(error)) from None
+    nbytes = manifest.experts_nbytes + manifest.dense_nbytes
+    click.echo(f"expertd: {store} is made: {nbytes / 1e9:.2f} GB, digest {manifest.digest[:12]}", err=True)
+
+
+@cli.command()
+@click.argument("stores", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--foreground", is_flag=True, help="Stay in this terminal; log to standard error.")
+@click.option("--config", type=click.Path(path_type=Path), default=None, help="Settings [default: the user's own].")
+@click.option(
+    "--idle-timeout", type=click.FloatRange(0), default=None, help="End after so many seconds unused; 0: never."
+)
+@click.option("--ready-fd", type=int, default=None, hidden=True)
+def start(
+    stores: tuple[Path, ...], foreground: bool, config: Path | None, idle_timeout: float | None, ready_fd: int | None
+) -> None:
+    """Start the daemon if none runs, and load STORES into it."""
+    if foreground:
+        _start_in_foreground(stores, config, idle_timeout, ready_fd)
+        return
+    from expertd.admin import start_in_background
+    from expertd.config import load_config, my_runtime_dir
+    from expertd.store import read_manifest
+
+    load_config(config)  # a mistake in it is said here, not in a log
+    arguments = ["--config", str(config.absolute())] if config else []
+    arguments += ["--idle-timeout", str(idle_timeout)] if idle_timeout is not None else []
+    for store in stores:
+        read_manifest(store)
+    started = start_in_background(my_runtime_dir(), arguments)
+    with started.client as client:
+        word = "started" if started.was_started else "already running"
+        click.echo(f"expertd: {word}, pid {client.welcome.pid}", err=True)
+        if not started.was_started and arguments:
+            click.echo("expertd: its settings stay as they are; stop it first to change them", err=True)
+        for store in stores:
+            _load(client, store)
+
+
+@cli.command()
+@STORE
+def load(store: Path) -> None:
+    """Load STORE into the running daemon."""
+    with _connect() as client:
+        _load(client, store)
+
+
+@cli.command()
+@click.argument("store")
+def unload(store: str) -> None:
+    """Let STORE go: a path, or the beginning of a digest. Runners that use it keep it until they end."""
+    from expertd.admin import resolve_store
+    from protocol.messages import Unload, Unloaded
+
+    with _connect() as client:
+        held = resolve_store(client, store)
+        client.ask(Unload(held.digest), Unloaded)
+        click.echo(f"expertd: unloaded {held.path}", err=True)
+        if held.n_sessions:
+            click.echo(f"expertd: {held.n_sessions} runner(s) still map it; its memory is free when they end", err=True)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(as_json: bool) -> None:
+    """Show what the daemon holds and for whom; exit code 1 if none runs."""
+    from expertd.show import status_json, status_text
+    from protocol.messages import GetStatus, Status
+
+    try:
+        client = _connect()
+    except DaemonUnavailable:
+        if as_json:
+            click.echo(json.dumps({"running": False}))
+            sys.exit(1)
+        raise
+    with client:
+        answer = client.ask(GetStatus(), Status)
+    click.echo(json.dumps(status_json(answer)) if as_json else status_text(answer))
+
+
+@cli.command()
+def stop() -> None:
+    """Stop the daemon. Runners go on with what they map."""
+    from expertd.admin import stop_daemon
+
+    with _connect() as client:
+        pid = client.welcome.pid
+        if not stop_daemon(client, within_s=15.0):
+            raise ExpertdError(f"expertd (pid {pid}) does not end; `kill -9 {pid}` if it must")
+    click.echo(f"expertd: stopped, pid {pid}", err=True)
+
+
+@cli.command()
+@STORE
+def verify(store: Path) -> None:
+    """Check every byte of STORE against its checksums; exit code 1 if one is wrong."""
+    from expertd.verify import verify_store
+
+    with progress_bar("verifying") as on_progress:
+        report = verify_store(store, on_progress)
+    for name in report.wrong:
+        click.echo(f"{name}: its checksum is wrong", err=True)
+    if report.wrong:
+        raise ExpertdError(f"{store}: {len(report.wrong)} of {report.n_checked} are damaged; make the store again")
+    click.echo(f"{store}: {report.n_checked} records and files are whole ({report.nbytes / 1e9:.2f} GB)")
+
+
+@cli.command()
+@STORE
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(store: Path, as_json: bool) -> None:
+    """Show what STORE holds: model, schemes, sizes."""
+    from expertd.show import inspect_json, inspect_text
+    from expertd.store import read_manifest
+
+    manifest = read_manifest(store)
+    click.echo(json.dumps(inspect_json(manifest)) if as_json else inspect_text(store, manifest))
+
+
+def main() -> None:
+    """Run the command; one line and exit code 1 for every foreseen failure."""
+    try:
+        cli(standalone_mode=True)
+    except (ExpertdError, ProtocolError) as error:
+        click.echo(f"expertd: {error}", err=True)
+        sys.exit(1)
+
+
+def _start_in_foreground(
+    stores: tuple[Path, ...], config_path: Path | None, idle_timeout_s: float | None, ready_fd: int | None
+) -> None:
+    from expertd.config import load_config, my_runtime_dir
+    from expertd.daemon import StoreOrder, run_daemon
+    from expertd.lifecycle import ReadyPipe
+    from expertd.store import read_manifest
+
+    config = load_config(config_path)
+    if idle_timeout_s is not None:
+        config = replace(config, idle_timeout_s=idle_timeout_s)
+    orders = [StoreOrder(store.absolute(), read_manifest(store).digest) for store in stores]
+    run_daemon(config, my_runtime_dir(), orders, ReadyPipe(ready_fd))
+
+
+def _connect() -> "ControlClient":
+    from expertd.config import my_runtime_dir
+    from protocol.control_client import ControlClient
+
+    try:
+        return ControlClient(my_runtime_dir())
+    except DaemonUnavailable as error:
+        raise DaemonUnavailable(f"{error}; start it with `expertd start STORE`") from None
+
+
+def _load(client: "ControlClient", store: Path) -> None:
+    from expertd.admin import load_store
+
+    with progress_bar("loading") as on_progress:
+        held = load_store(client, store, on_progress)
+    click.echo(f"expertd: {_loaded_line(store, held)}", err=True)
+    for key in held.corrupt:
+        click.echo(f"expertd: {key} is corrupt and is not served; see `expertd verify {store}`", err=True)
+
+
+def _loaded_line(store: Path, held: "StoreStatus") -> str:
+    rate = held.nbytes / max(held.load_s, 1e-9) / 1e9
+    return (
+        f"{store} is in memory: {held.nbytes / 1e9:.2f} GB, loaded in {held.load_s:.2f} s ({rate:.2f} GB/s); "
+        "it stays until `expertd stop`"
+    )

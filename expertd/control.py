@@ -1,0 +1,218 @@
+"""The control socket: sessions, descriptors, administration. Runs in the daemon's main thread and never blocks.
+
+One loop waits for new connections, packets, the end of connections, and for work other threads post. No file is read
+and nothing is computed here; slow work is handed away. What a message means is `expertd.service`'s business.
+"""
+
+import errno
+import logging
+import os
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from expertd.service import Outcome, Service
+from expertd.sessions import Session
+from expertd.stores import HeldStore
+from protocol import fdpass
+from protocol.codec import decode, encode
+from protocol.errors import MalformedMessage
+from protocol.messages import Draining, Message, Refused
+from protocol.runtime_dir import RuntimeDir
+from protocol.schema import MESSAGE_NBYTES_MAX, SESSIONS_MAX, Channel, Sender
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A client's socket and its session."""
+
+    sock: socket.socket
+    session: Session
+
+
+class ControlLoop:
+    """The main loop. `post` and `stop` may be called from any thread and from signal handlers, the rest from one.
+
+    The lock guards the service, which the request thread asks too; what is posted runs under it.
+    """
+
+    def __init__(
+        self,
+        directory: RuntimeDir,
+        service: Service,
+        lock: threading.Lock,
+        *,
+        clock: Callable[[], float],
+        start_load: Callable[[HeldStore], None],
+        idle_timeout_s: float | None,
+    ) -> None:
+        self._service = service
+        self._lock = lock
+        self._clock = clock
+        self._start_load = start_load
+        self._idle_timeout_s = idle_timeout_s
+        self._posted: deque[Callable[[], None]] = deque()
+        self._connections: dict[int, Connection] = {}
+        self._is_stopping = False
+        self._n_dropped_replies = 0
+        self._listener = fdpass.listen(directory.control_socket, backlog=SESSIONS_MAX)
+        # With every descriptor in use a waiting client cannot even be turned away: this one is spent on that.
+        self._reserve_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._wake_reader, self.wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+
+    def post(self, action: Callable[[], None]) -> None:
+        """Have the loop's thread call that."""
+        self._posted.append(action)
+        with suppress(BlockingIOError):  # a full pipe wakes it just as well
+            os.write(self.wake_writer, b"\0")
+
+    def stop(self) -> None:
+        """Have the loop drain and return."""
+        self.post(self._begin_stop)
+
+    def run(self) -> None:
+        """Serve until stopped or idle for too long."""
+        while not self._is_stopping:
+            events = self._selector.select(self._wait_s())
+            with self._lock:  # never held while waiting
+                for key, _ in events:
+                    self._serve(key.fd)
+                while self._posted:
+                    self._posted.popleft()()
+                self._drop_overdue()
+                self._stop_if_idle()
+
+    def close(self) -> None:
+        """Say goodbye to every session and close all sockets."""
+        for connection in list(self._connections.values()):
+            with suppress(OSError):
+                fdpass.send_packet(connection.sock, encode(Draining()))
+            self._drop(connection)
+        self._selector.close()
+        self._listener.close()
+        for fd in (self._reserve_fd, self._wake_reader, self.wake_writer):
+            os.close(fd)
+
+    def drop_session(self, session: Session) -> None:
+        """Close the connection of a session; one that is gone already is no error."""
+        for connection in self._connections.values():
+            if connection.session is session:
+                self._drop(connection)
+                return
+
+    def _begin_stop(self) -> None:
+        self._is_stopping = True
+        self._service.drain()
+
+    def _serve(self, fd: int) -> None:
+        if fd == self._listener.fileno():
+            self._accept()
+        elif fd == self._wake_reader:
+            with suppress(BlockingIOError):
+                os.read(self._wake_reader, 4096)
+        elif fd in self._connections:  # it may have been dropped earlier in this round
+            self._receive(self._connections[fd])
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away()
+            return
+        sock.setblocking(False)  # noqa: FBT003 - the socket module's signature
+        session = self._service.open_session(fdpass.peer_credentials(sock), self._clock())
+        if isinstance(session, Refused):
+            logger.warning("connection refused code=%s", session.code)
+            with suppress(OSError):
+                fdpass.send_packet(sock, encode(session))
+            sock.close()
+            return
+        self._connections[sock.fileno()] = Connection(sock, session)
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def _turn_away(self) -> None:
+        logger.error("out of file descriptors, a client is turned away")
+        os.close(self._reserve_fd)
+        with suppress(OSError):
+            self._listener.accept()[0].close()
+        self._reserve_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _receive(self, connection: Connection) -> None:
+        try:
+            data = fdpass.receive_packet(connection.sock, MESSAGE_NBYTES_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(connection)
+            return
+        except MalformedMessage as error:
+            self._carry_out(connection, self._service.note_bad_message(connection.session, str(error)))
+            return
+        if not data:
+            self._drop(connection)
+            return
+        self._carry_out(connection, self._answer(connection.session, data))
+
+    def _answer(self, session: Session, data: bytes) -> Outcome:
+        try:
+            message = decode(data, Channel.CONTROL, Sender.CLIENT)
+        except MalformedMessage as error:
+            return self._service.note_bad_message(session, str(error))
+        return self._service.handle(session, message, self._clock())
+
+    def _carry_out(self, connection: Connection, outcome: Outcome) -> None:
+        if outcome.load is not None:
+            self._start_load(outcome.load)
+        is_sent = outcome.reply is None or self._send(connection, outcome.reply, outcome.fds)
+        if outcome.must_drop or not is_sent:
+            self._drop(connection)
+        if outcome.must_stop:
+            self._begin_stop()
+
+    def _send(self, connection: Connection, reply: Message, fds: tuple[int, ...]) -> bool:
+        """Return whether the connection is still good. A client that does not read loses its reply."""
+        try:
+            fdpass.send_packet(connection.sock, encode(reply), fds)
+        except BlockingIOError:
+            self._n_dropped_replies += 1
+            logger.warning("reply dropped, the client does not read pid=%d", connection.session.peer.pid)
+            return not fds  # a store half handed over cannot be repaired
+        except OSError:
+            return False
+        return True
+
+    def _drop(self, connection: Connection) -> None:
+        """Free everything of one client; the one teardown path."""
+        if self._connections.pop(connection.sock.fileno(), None) is None:
+            return
+        self._selector.unregister(connection.sock)
+        connection.sock.close()
+        self._service.close_session(connection.session, self._clock())
+
+    def _drop_overdue(self) -> None:
+        for session in self._service.overdue_sessions(self._clock()):
+            logger.warning("no hello in time pid=%d", session.peer.pid)
+            self.drop_session(session)
+
+    def _stop_if_idle(self) -> None:
+        if self._idle_timeout_s is not None and self._service.idle_s(self._clock()) >= self._idle_timeout_s:
+            logger.info("idle for %.0f s, ending", self._idle_timeout_s)
+            self._begin_stop()
+
+    def _wait_s(self) -> float | None:
+        is_waiting_for_hello = any(c.session.token is None for c in self._connections.values())
+        if self._idle_timeout_s is None and not is_waiting_for_hello:
+            return None
+        return _TICK_S if self._idle_timeout_s is None else min(_TICK_S, self._idle_timeout_s)

@@ -1,0 +1,172 @@
+"""The daemon put together: lock, self-test, threads, signals; and its end.
+
+    main thread      ControlLoop: sessions, descriptors, everything that changes the service
+    request thread   RequestServer: ZeroMQ requests
+    loader thread    one load at a time, with worker threads of its own; posts its result to the main thread
+
+SIGTERM and SIGINT drain: no new work, a word to every session, loads dropped. A second one ends at once.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from expertd.config import DaemonConfig
+from expertd.control import ControlLoop
+from expertd.errors import ExpertdError, LoadCancelled, LoadFailed
+from expertd.lifecycle import BUSY, READY, DaemonLock, ReadyPipe, available_nbytes, forbid_inspection, memory_figures
+from expertd.loader import LoadedStore, Loader, LoaderSettings
+from expertd.server import RequestServer
+from expertd.service import Service
+from expertd.stores import HeldStore
+from protocol.errors import OutOfMemory, ProtocolError
+from protocol.messages import Code
+from protocol.runtime_dir import RuntimeDir
+from protocol.segment import check_seals_hold
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOrder:
+    """A store to be loaded at start."""
+
+    path: Path
+    digest: str
+
+
+def run_daemon(config: DaemonConfig, directory: RuntimeDir, orders: Sequence[StoreOrder], ready: ReadyPipe) -> None:
+    """Be the daemon until told to stop; raise AlreadyRunning, ProtocolError, or LoadFailed for a store of `orders`."""
+    _log_to_stderr(config.log_level)
+    os.umask(0o077)
+    try:
+        lock = DaemonLock(directory)
+    except ExpertdError:
+        ready.tell(BUSY)
+        raise
+    with lock:
+        forbid_inspection()
+        check_seals_hold()
+        daemon = Daemon(config, directory, ready)
+        daemon.run(orders)
+
+
+class Daemon:
+    """The threads of the daemon and what passes between them."""
+
+    def __init__(self, config: DaemonConfig, directory: RuntimeDir, ready: ReadyPipe) -> None:
+        self._config = config
+        self._ready: ReadyPipe | None = ready
+        self._awaited: list[HeldStore] = []
+        self._failure: str | None = None
+        self._n_signals = 0
+        now = time.monotonic()
+        self._service = Service(
+            uid=os.geteuid(), pid=os.getpid(), new_token=secrets.token_bytes, memory=memory_figures, now=now
+        )
+        lock = threading.Lock()
+        self._loads = ThreadPoolExecutor(1, "expertd-loader")
+        self._control = ControlLoop(
+            directory,
+            self._service,
+            lock,
+            clock=time.monotonic,
+            start_load=self._start_load,
+            idle_timeout_s=config.idle_timeout_s or None,
+        )
+        self._requests = RequestServer(
+            directory,
+            self._service,
+            lock,
+            clock=time.monotonic,
+            drop_session=lambda session: self._control.post(lambda: self._control.drop_session(session)),
+        )
+
+    def run(self, orders: Sequence[StoreOrder]) -> None:
+        """Serve until stopped; raise LoadFailed if a store of `orders` could not be loaded."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._awaited = [self._service.begin_load(order.path, order.digest) for order in orders]
+        self._requests.start()
+        try:
+            for store in self._awaited:
+                self._start_load(store)
+            self._control.post(self._tell_ready)
+            logger.info("serving pid=%d stores=%d", os.getpid(), len(orders))
+            self._control.run()
+        finally:
+            self._requests.stop()
+            self._control.close()
+            self._loads.shutdown(wait=True, cancel_futures=True)
+            self._service.close()
+            logger.info("ended pid=%d", os.getpid())
+        if self._failure:
+            raise LoadFailed(self._failure)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._n_signals += 1
+        if self._n_signals > 1:
+            os._exit(1)
+        self._control.stop()
+
+    def _start_load(self, store: HeldStore) -> None:
+        self._loads.submit(self._load, store)
+
+    def _load(self, store: HeldStore) -> None:
+        """Load in the loader thread and post what came of it."""
+        settings = LoaderSettings(self._config.n_loader_threads, self._config.collapse_budget_s)
+        try:
+            loaded = Loader(settings, available_nbytes, store.progress).load(store.path, store.digest)
+        except LoadCancelled:
+            return
+        except OutOfMemory as error:
+            self._post_failure(store, Code.OUT_OF_MEMORY, str(error))
+        except (ExpertdError, ProtocolError, OSError) as error:
+            self._post_failure(store, Code.STORE_INVALID, str(error))
+        except Exception:  # the one net of this thread: a load that dies in silence would look like one that hangs
+            logger.exception("load failed by a fault of ours digest=%s", store.digest[:12])
+            self._post_failure(store, Code.STORE_INVALID, "expertd failed while loading; its log has the story")
+        else:
+            self._control.post(lambda: self._on_loaded(store, loaded))
+
+    def _post_failure(self, store: HeldStore, code: Code, detail: str) -> None:
+        self._control.post(lambda: self._on_failed(store, code, detail))
+
+    def _on_loaded(self, store: HeldStore, loaded: LoadedStore) -> None:
+        rate = loaded.nbytes / max(loaded.load_s, 1e-9) / 1e9
+        logger.info(
+            "store loaded digest=%s nbytes=%d load_s=%.2f gb_per_s=%.2f huge_nbytes=%d corrupt=%d",
+            store.digest[:12], loaded.nbytes, loaded.load_s, rate, loaded.huge_nbytes, len(loaded.corrupt),
+        )  # fmt: skip
+        self._service.store_loaded(store, loaded, time.monotonic())
+        self._tell_ready()
+
+    def _on_failed(self, store: HeldStore, code: Code, detail: str) -> None:
+        logger.error("store not loaded digest=%s code=%s detail=%s", store.digest[:12], code, detail)
+        self._service.store_failed(store, code, detail)
+        if any(store is awaited for awaited in self._awaited):
+            self._failure = f"{store.path}: {detail}"
+            self._control.stop()
+
+    def _tell_ready(self) -> None:
+        """Say READY once, when every store of the start is in memory."""
+        if self._ready is not None and all(store.loaded for store in self._awaited):
+            self._ready.tell(READY)
+            self._ready = None
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
+    )

@@ -1,0 +1,134 @@
+"""The request socket: a ZeroMQ ROUTER in a thread of its own, and the one door to ZeroMQ.
+
+A request is three frames: the routing id ZeroMQ adds, the session's token, one message. Frames without a valid token
+from that very process are counted and ignored. ROUTER cannot disconnect a peer, so a peer that misbehaves loses its
+session instead. Who blocks whom: nobody; a peer that does not read loses its reply.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+import zmq
+
+from expertd.errors import StartFailed
+from expertd.service import Service
+from expertd.sessions import Session
+from protocol.codec import decode, encode
+from protocol.errors import MalformedMessage
+from protocol.fdpass import Credentials
+from protocol.messages import Message, Refused, RequestRefusal
+from protocol.runtime_dir import RuntimeDir
+from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
+
+logger = logging.getLogger(__name__)
+
+LIBZMQ_LOWEST = (4, 3, 5)  # earlier ones have known holes
+_FRAMES_MAX = 3
+_QUEUE_LENGTH = 64
+
+
+class RequestServer(threading.Thread):
+    """The request thread. Every call into the service is made under the lock it shares with the control thread."""
+
+    def __init__(
+        self,
+        directory: RuntimeDir,
+        service: Service,
+        lock: threading.Lock,
+        *,
+        clock: Callable[[], float],
+        drop_session: Callable[[Session], None],
+    ) -> None:
+        """Bind the socket; raise StartFailed if libzmq is too old."""
+        super().__init__(name="expertd-requests", daemon=True)
+        if zmq.zmq_version_info() < LIBZMQ_LOWEST:
+            raise StartFailed(f"libzmq {zmq.zmq_version()} is too old, {'.'.join(map(str, LIBZMQ_LOWEST))} is needed")
+        self._service = service
+        self._lock = lock
+        self._clock = clock
+        self._drop_session = drop_session
+        self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.ROUTER_MANDATORY, 1),  # without it a reply to a gone peer vanishes in silence
+            (zmq.SNDHWM, _QUEUE_LENGTH),
+            (zmq.RCVHWM, _QUEUE_LENGTH),
+            (zmq.MAXMSGSIZE, MESSAGE_NBYTES_MAX),
+            (zmq.HANDSHAKE_IVL, 2000),
+        ):
+            self._socket.setsockopt(option, value)
+        self._socket.bind(directory.request_endpoint)
+
+    def run(self) -> None:
+        """Answer requests until stopped."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._stop_reader, zmq.POLLIN)
+        while self._stop_reader not in dict(poller.poll()):
+            self._serve_one()
+
+    def stop(self) -> None:
+        """End the thread and close the socket."""
+        os.write(self._stop_writer, b"\0")
+        self.join()
+        self._socket.close()
+        self._context.term()
+        os.close(self._stop_reader)
+        os.close(self._stop_writer)
+
+    def _serve_one(self) -> None:
+        frames = self._receive_frames()
+        if frames is None:
+            with self._lock:
+                self._service.note_stray_frame()
+            return
+        routing_id, token, data = frames
+        with self._lock:
+            session = self._service.session_of(token.bytes, _credentials(token))
+            if session is None:
+                self._service.note_stray_frame()
+                return
+            reply = self._answer(session, data.bytes)
+        if reply is not None:
+            self._send(routing_id.bytes, reply)
+
+    def _receive_frames(self) -> tuple[zmq.Frame, zmq.Frame, zmq.Frame] | None:
+        """Return the three frames of a request; None if there were more or fewer. The rest is read and forgotten."""
+        frames: list[zmq.Frame] = []
+        n_frames = 0
+        while True:
+            frame = self._socket.recv(copy=False)
+            n_frames += 1
+            if n_frames <= _FRAMES_MAX:
+                frames.append(frame)
+            if not frame.more:
+                break
+        if n_frames != _FRAMES_MAX:
+            return None
+        return frames[0], frames[1], frames[2]
+
+    def _answer(self, session: Session, data: bytes) -> Message | None:
+        try:
+            message = decode(data, Channel.REQUEST, Sender.CLIENT)
+        except MalformedMessage as error:
+            outcome = self._service.note_bad_message(session, str(error))
+            if outcome.must_drop:
+                self._drop_session(session)
+            return RequestRefusal(0, outcome.reply) if isinstance(outcome.reply, Refused) else None
+        return self._service.handle_request(session, message, self._clock())
+
+    def _send(self, routing_id: bytes, reply: Message) -> None:
+        try:
+            self._socket.send_multipart([routing_id, encode(reply)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            logger.warning("reply dropped error=%s", error)
+
+
+def _credentials(frame: zmq.Frame) -> Credentials:
+    """Return which process sent a frame; libzmq writes it as `localhost:uid:gid:pid` from the kernel's word."""
+    _, uid, _, pid = str(frame.get("Peer-Address")).split(":")
+    return Credentials(int(pid), int(uid))

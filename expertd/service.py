@@ -1,0 +1,255 @@
+"""What each message is answered. Pure decisions: knows neither sockets, threads, files nor clocks.
+
+A message, a session and the time go in; an `Outcome` comes out: the reply, and what its caller is to do. The caller
+holds one lock around every call: the control thread and the request thread both ask.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertd.loader import LoadedStore
+from expertd.sessions import Session, SessionTable
+from expertd.stores import HeldStore, StoreTable
+from protocol import messages as m
+from protocol.fdpass import Credentials
+from protocol.messages import Code, Message, Refused, StoreState
+from protocol.schema import DIGEST_LENGTH, SESSIONS_MAX, STORES_MAX, TOKEN_NBYTES
+from protocol.version import HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION, LOWEST_PROTOCOL_VERSION
+
+logger = logging.getLogger(__name__)
+
+BAD_MESSAGES_MAX = 3
+HELLO_WITHIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryFigures:
+    """What the machine and this process hold, in bytes."""
+
+    private_nbytes: int
+    available_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What to do about a message. `fds` stay the store's: they are sent, not given away."""
+
+    reply: Message | None
+    fds: tuple[int, ...] = ()
+    load: HeldStore | None = None
+    must_drop: bool = False
+    must_stop: bool = False
+
+
+class Service:
+    """The daemon's state and its answers."""
+
+    def __init__(
+        self, *, uid: int, pid: int, new_token: Callable[[int], bytes], memory: Callable[[], MemoryFigures], now: float
+    ) -> None:
+        self._uid = uid
+        self._pid = pid
+        self._new_token = new_token
+        self._memory = memory
+        self._started_at = now
+        self._busy_at = now
+        self._sessions = SessionTable()
+        self._stores = StoreTable()
+        self._n_bad_messages = 0
+        self._is_draining = False
+
+    # --- sessions -------------------------------------------------------------------------------------------------
+
+    def open_session(self, peer: Credentials, now: float) -> Session | Refused:
+        """Return a session for a new connection, or why there is none."""
+        if peer.uid != self._uid:
+            return Refused(Code.BAD_MESSAGE, "another user")
+        if len(self._sessions) >= SESSIONS_MAX:
+            return Refused(Code.TOO_MANY, f"{SESSIONS_MAX} sessions are open")
+        if self._is_draining:
+            return Refused(Code.DRAINING, "expertd is stopping")
+        return self._sessions.open(peer, now)
+
+    def close_session(self, session: Session, now: float) -> None:
+        """Free all that a session held; closing it again does nothing."""
+        self._sessions.close(session)
+        if session.store_digest is None:
+            return
+        self._busy_at = now
+        store = self._stores.find(session.store_digest)
+        is_orphan = store is not None and store.state is StoreState.ORPHANED
+        if store is not None and is_orphan and not self._sessions.attached_to(store.digest):
+            self._stores.forget_orphan(store)
+
+    def overdue_sessions(self, now: float) -> list[Session]:
+        """Return the sessions to be dropped because they never said hello."""
+        return self._sessions.overdue(now, HELLO_WITHIN_S)
+
+    def idle_s(self, now: float) -> float:
+        """Return for how long no runner was attached and nothing was loading."""
+        is_loading = any(store.state is StoreState.LOADING for store in self._stores.all())
+        if is_loading or any(session.store_digest for session in self._sessions):
+            self._busy_at = now
+        return now - self._busy_at
+
+    def note_bad_message(self, session: Session, detail: str) -> Outcome:
+        """Count a message that is none; the third one ends the session."""
+        self._n_bad_messages += 1
+        session.n_bad_messages += 1
+        must_drop = session.n_bad_messages >= BAD_MESSAGES_MAX
+        logger.warning("bad message pid=%d count=%d detail=%s", session.peer.pid, session.n_bad_messages, detail)
+        return Outcome(Refused(Code.BAD_MESSAGE, detail[:512]), must_drop=must_drop)
+
+    def note_stray_frame(self) -> None:
+        """Count a frame on the request channel that belongs to no session."""
+        self._n_bad_messages += 1
+
+    # --- control channel ------------------------------------------------------------------------------------------
+
+    def handle(self, session: Session, message: Message, now: float) -> Outcome:
+        """Return what to do about a message on the control channel."""
+        if isinstance(message, m.Hello):
+            return self._welcome(session, message)
+        if session.token is None:
+            return self.note_bad_message(session, f"{type(message).__name__} came before Hello")
+        match message:
+            case m.GetStatus():
+                return Outcome(self.status(now))
+            case m.Attach(digest):
+                return self._attach(session, digest)
+            case m.Load(path, digest):
+                return self._load(path, digest, now)
+            case m.Unload(digest):
+                return self._unload(digest)
+            case m.Stop():
+                return Outcome(m.Stopping(), must_stop=True)
+        return self.note_bad_message(session, f"{type(message).__name__} is not for the control channel")
+
+    def status(self, now: float) -> m.Status:
+        """Return what the daemon holds and for whom."""
+        memory = self._memory()
+        return m.Status(
+            pid=self._pid,
+            library_version=LIBRARY_VERSION,
+            age_s=max(0.0, now - self._started_at),
+            private_nbytes=memory.private_nbytes,
+            shared_nbytes=sum(store.nbytes for store in self._stores.all()),
+            available_nbytes=memory.available_nbytes,
+            n_bad_messages=self._n_bad_messages,
+            stores=tuple(self._store_status(store) for store in self._stores.all()),
+            sessions=tuple(session.status(now) for session in self._sessions),
+        )
+
+    def drain(self) -> None:
+        """Take no new work from here on."""
+        self._is_draining = True
+        for store in self._stores.all():
+            store.progress.cancelled = True
+
+    def close(self) -> None:
+        """Let every store go."""
+        self._stores.close()
+
+    # --- loads -------------------------------------------------------------------------------------
+
+    def begin_load(self, path: Path, digest: str) -> HeldStore:
+        """Return a store that is now to be loaded."""
+        return self._stores.begin(digest, path)
+
+    def store_loaded(self, store: HeldStore, loaded: LoadedStore, now: float) -> None:
+        """Make a loaded store available."""
+        self._busy_at = now
+        self._stores.finish(store, loaded)
+
+    def store_failed(self, store: HeldStore, code: Code, detail: str) -> None:
+        """Note why a store could not be loaded; lack of memory names who still holds an unloaded store."""
+        if code is Code.OUT_OF_MEMORY:
+            detail += self._orphans_hint()
+        self._stores.fail(store, Refused(code, detail[:512]))
+
+    # --- request channel ------------------------------------------------------------------------------------------
+
+    def session_of(self, token: bytes, peer: Credentials) -> Session | None:
+        """Return the session of that token if it is that process's."""
+        return self._sessions.with_token(token, peer)
+
+    def handle_request(self, session: Session, message: Message, now: float) -> Message | None:
+        """Return the answer to a message on the request channel; None for a hint."""
+        session.n_requests += 1
+        match message:
+            case m.GetStats(request_id):
+                age_s = max(0.0, now - session.opened_at)
+                return m.Stats(request_id, age_s, session.n_requests, session.n_refused, 0)
+            case m.Prefetch():
+                return None  # a hint about a store that is in memory already
+            case m.Acquire(request_id) | m.Release(request_id):
+                session.n_refused += 1
+                return m.RequestRefusal(request_id, self._why_no_lease(session))
+        raise TypeError(f"{type(message).__name__} is not decoded on the request channel")
+
+    # --- private --------------------------------------------------------------------------------------------------
+
+    def _welcome(self, session: Session, hello: m.Hello) -> Outcome:
+        if session.token is not None:
+            return self.note_bad_message(session, "a second Hello came")
+        version = min(hello.highest_version, HIGHEST_PROTOCOL_VERSION)
+        if version < max(hello.lowest_version, LOWEST_PROTOCOL_VERSION):
+            mine = f"{LOWEST_PROTOCOL_VERSION} to {HIGHEST_PROTOCOL_VERSION}"
+            detail = f"expertd {LIBRARY_VERSION} speaks protocol versions {mine}"
+            return Outcome(Refused(Code.VERSION_MISMATCH, detail), must_drop=True)
+        token = self._new_token(TOKEN_NBYTES)
+        self._sessions.welcome(session, token, hello.library_version)
+        return Outcome(m.Welcome(version, LIBRARY_VERSION, self._pid, token))
+
+    def _attach(self, session: Session, digest: str) -> Outcome:
+        if session.store_digest is not None:
+            return Outcome(Refused(Code.ALREADY_ATTACHED, "a session attaches to one store"))
+        store = self._stores.find(digest)
+        if store is None or store.state is StoreState.ORPHANED:
+            return Outcome(Refused(Code.UNKNOWN_STORE, f"no store with digest {digest[:12]} is loaded"))
+        if store.error is not None:
+            return Outcome(store.error)
+        if store.loaded is None:
+            return Outcome(Refused(Code.STORE_LOADING, f"store {digest[:12]} is being loaded"))
+        session.store_digest = digest
+        fds = tuple(store.loaded.fds)
+        return Outcome(m.Attached(digest, len(fds)), fds=fds)
+
+    def _load(self, path: str, digest: str, now: float) -> Outcome:
+        if self._is_draining:
+            return Outcome(Refused(Code.DRAINING, "expertd is stopping"))
+        if len(digest) != DIGEST_LENGTH or not Path(path).is_absolute():
+            return Outcome(Refused(Code.BAD_MESSAGE, "an absolute path and a digest are expected"))
+        store = self._stores.find(digest)
+        if store is not None and store.state in (StoreState.LOADING, StoreState.READY):
+            return Outcome(self._store_status(store))
+        if store is None and len(self._stores) >= STORES_MAX:
+            return Outcome(Refused(Code.TOO_MANY, f"{STORES_MAX} stores are held; unload one"))
+        self._busy_at = now
+        store = self.begin_load(Path(path), digest)
+        return Outcome(self._store_status(store), load=store)
+
+    def _unload(self, digest: str) -> Outcome:
+        store = self._stores.find(digest)
+        if store is None or store.state is StoreState.ORPHANED:
+            return Outcome(Refused(Code.UNKNOWN_STORE, f"no store with digest {digest[:12]} is loaded"))
+        self._stores.unload(store, is_mapped=bool(self._sessions.attached_to(digest)))
+        return Outcome(m.Unloaded(digest))
+
+    def _store_status(self, store: HeldStore) -> m.StoreStatus:
+        return store.status(len(self._sessions.attached_to(store.digest)))
+
+    def _why_no_lease(self, session: Session) -> Refused:
+        if session.store_digest is None:
+            return Refused(Code.NOT_ATTACHED, "attach to a store first")
+        return Refused(Code.STORE_IS_RESIDENT, "every expert is mapped already; no lease is needed")
+
+    def _orphans_hint(self) -> str:
+        pids = []
+        for session in self._sessions:
+            store = self._stores.find(session.store_digest) if session.store_digest else None
+            if session.store_digest and (store is None or store.state is not StoreState.READY):
+                pids.append(str(session.peer.pid))
+        return f"; runners that still map an unloaded store: pid {', '.join(pids)}" if pids else ""

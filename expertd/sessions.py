@@ -1,0 +1,73 @@
+"""Who is connected: one session per open control connection. Knows neither sockets nor clocks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from protocol.fdpass import Credentials
+from protocol.messages import SessionStatus
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client, from hello to the end of its connection."""
+
+    session_id: int
+    peer: Credentials
+    opened_at: float
+    token: bytes | None = None  # None until hello
+    library_version: str = ""
+    store_digest: str | None = None
+    n_bad_messages: int = 0
+    n_requests: int = 0
+    n_refused: int = 0
+
+    def status(self, now: float) -> SessionStatus:
+        """Return what `status` shows of this session."""
+        return SessionStatus(self.peer.pid, self.library_version, max(0.0, now - self.opened_at), self.store_digest)
+
+
+@dataclass(slots=True)
+class SessionTable:
+    """All sessions, by id and by token."""
+
+    _by_id: dict[int, Session] = field(default_factory=dict)
+    _by_token: dict[bytes, Session] = field(default_factory=dict)
+    _next_id: int = 1
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._by_id.values())
+
+    def open(self, peer: Credentials, now: float) -> Session:
+        """Return a new session."""
+        session = Session(self._next_id, peer, now)
+        self._next_id += 1
+        self._by_id[session.session_id] = session
+        return session
+
+    def welcome(self, session: Session, token: bytes, library_version: str) -> None:
+        """Give a session its token."""
+        session.token = token
+        session.library_version = library_version
+        self._by_token[token] = session
+
+    def close(self, session: Session) -> None:
+        """Forget a session and void its token; forgetting it again does nothing."""
+        self._by_id.pop(session.session_id, None)
+        if session.token is not None:
+            self._by_token.pop(session.token, None)
+
+    def with_token(self, token: bytes, peer: Credentials) -> Session | None:
+        """Return the session of that token if it is that process's, else None."""
+        session = self._by_token.get(token)
+        return session if session is not None and session.peer == peer else None
+
+    def attached_to(self, digest: str) -> list[Session]:
+        """Return the sessions that map the store of that digest."""
+        return [session for session in self._by_id.values() if session.store_digest == digest]
+
+    def overdue(self, now: float, hello_within_s: float) -> list[Session]:
+        """Return the sessions that never said hello and had their time."""
+        return [s for s in self._by_id.values() if s.token is None and now - s.opened_at > hello_within_s]

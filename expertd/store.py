@@ -1,0 +1,135 @@
+"""A store on disk: its manifest and its files, opened safely. Reads records; knows neither memory nor messages.
+
+The directory may have been made by anybody: the manifest is bounded and checked by `protocol.manifest`, files are
+opened without following links, and every record must lie inside its file before the first one is read.
+"""
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from expertd.errors import StoreInvalid
+from protocol.errors import ManifestError
+from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, Record, SideFile, load_manifest
+
+_READ_NBYTES = 8 << 20
+
+
+class StoreFiles:
+    """The open files of one store; a context manager. `read_record` may be called from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the store in that directory; raise StoreInvalid."""
+        self._fds: dict[str, int] = {}
+        self._directory = _open_directory(path)
+        try:
+            self.manifest = _read_manifest(self._directory)
+            for record in (*self.manifest.dense.values(), *self.manifest.experts.values()):
+                self._check_inside_file(record)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "StoreFiles":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; to be called once."""
+        for fd in (self._directory, *self._fds.values()):
+            os.close(fd)
+
+    def read_record(self, record: Record, target: memoryview) -> bool:
+        """Fill the target with the record's bytes; return whether they match their checksum.
+
+        A wrong checksum is read once more past the page cache: memory rots more often than disks. Raises OSError.
+        """
+        fd = self._fds[record.file]
+        for _ in range(2):
+            _read_exactly(fd, target, record.offset)
+            if xxhash.xxh3_128_hexdigest(target) == record.xxh3_128:
+                return True
+            os.posix_fadvise(fd, record.offset, record.nbytes, os.POSIX_FADV_DONTNEED)
+        return False
+
+    def forget_cached(self, record: Record) -> None:
+        """Let the kernel drop its cached copy of a record that memory now holds."""
+        os.posix_fadvise(self._fds[record.file], record.offset, record.nbytes, os.POSIX_FADV_DONTNEED)
+
+    def side_file_matches(self, side_file: SideFile) -> bool:
+        """Return whether a file that holds no records is what the manifest says."""
+        try:
+            fd = _open_file(self._directory, side_file.name)
+        except StoreInvalid:
+            return False
+        with os.fdopen(fd, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest == side_file.sha256
+
+    def _check_inside_file(self, record: Record) -> None:
+        if record.file not in self._fds:
+            self._fds[record.file] = _open_file(self._directory, record.file)
+        size = os.fstat(self._fds[record.file]).st_size
+        if record.offset + record.nbytes > size:
+            raise StoreInvalid(
+                f"{record.file}: {size} bytes, at least {record.offset + record.nbytes} are expected; "
+                "the file was cut, make the store again"
+            )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of the store in that directory; raise StoreInvalid."""
+    directory = _open_directory(path)
+    try:
+        return _read_manifest(directory)
+    finally:
+        os.close(directory)
+
+
+def _open_directory(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise StoreInvalid(f"{path}: no such store") from None
+    except OSError as error:
+        raise StoreInvalid(f"{path}: a store directory was expected ({error.strerror})") from None
+
+
+def _read_manifest(directory: int) -> Manifest:
+    fd = _open_file(directory, MANIFEST_FILE)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(MANIFEST_NBYTES_MAX + 1)
+    try:
+        return load_manifest(data)
+    except ManifestError as error:
+        raise StoreInvalid(str(error)) from None
+
+
+def _open_file(directory: int, name: str) -> int:
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        raise StoreInvalid(f"{name}: missing; this is no store, or an incomplete one") from None
+    except OSError as error:
+        raise StoreInvalid(f"{name}: cannot be opened ({error.strerror}); links are not followed") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise StoreInvalid(f"{name}: a regular file was expected")
+    return fd
+
+
+def _read_exactly(fd: int, target: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(target):
+        n = os.preadv(fd, [target[done : done + _READ_NBYTES]], offset + done)
+        if n == 0:
+            raise OSError(f"the file ends at byte {offset + done}, {offset + len(target)} were expected")
+        done += n

@@ -1,0 +1,102 @@
+"""Which stores are held, and in what state. Owns the segments' descriptors; knows neither sockets nor files."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expertd.loader import LoadedStore, LoadProgress
+from protocol.messages import Refused, StoreState, StoreStatus
+from protocol.schema import CORRUPT_KEYS_MAX
+
+
+@dataclass(slots=True, eq=False)
+class HeldStore:
+    """One store from the wish to load it until its memory is free."""
+
+    digest: str
+    path: Path
+    state: StoreState = StoreState.LOADING
+    progress: LoadProgress = field(default_factory=LoadProgress)
+    loaded: LoadedStore | None = None
+    error: Refused | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its segments; 0 until they are known."""
+        return self.loaded.nbytes if self.loaded else 0
+
+    def status(self, n_sessions: int) -> StoreStatus:
+        """Return what `status` shows of this store."""
+        corrupt = self.loaded.corrupt if self.loaded else ()
+        return StoreStatus(
+            digest=self.digest,
+            path=str(self.path),
+            state=self.state,
+            nbytes=self.nbytes,
+            loaded_nbytes=self.nbytes or self.progress.loaded_nbytes,
+            load_s=self.loaded.load_s if self.loaded else 0.0,
+            n_experts=len(self.loaded.catalogue.manifest.experts) if self.loaded else 0,
+            n_corrupt=len(corrupt),
+            corrupt=corrupt[:CORRUPT_KEYS_MAX],
+            n_sessions=n_sessions,
+            error=self.error,
+        )
+
+
+@dataclass(slots=True)
+class StoreTable:
+    """All stores by digest. An orphan is unloaded but still mapped by a runner, so its memory is not free yet."""
+
+    _by_digest: dict[str, HeldStore] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    def all(self) -> list[HeldStore]:
+        """Return every store, orphans too."""
+        return list(self._by_digest.values())
+
+    def find(self, digest: str) -> HeldStore | None:
+        """Return the store of that digest."""
+        return self._by_digest.get(digest)
+
+    def begin(self, digest: str, path: Path) -> HeldStore:
+        """Return a store that is now loading; what failed or was orphaned under that digest is replaced."""
+        store = HeldStore(digest, path)
+        self._by_digest[digest] = store
+        return store
+
+    def finish(self, store: HeldStore, loaded: LoadedStore) -> None:
+        """Make a loaded store available; one that was unloaded meanwhile is let go."""
+        if self._by_digest.get(store.digest) is not store:
+            loaded.close()
+            return
+        store.loaded = loaded
+        store.state = StoreState.READY
+
+    def fail(self, store: HeldStore, error: Refused) -> None:
+        """Note why a store could not be loaded."""
+        store.state = StoreState.FAILED
+        store.error = error
+
+    def unload(self, store: HeldStore, *, is_mapped: bool) -> None:
+        """Let a store go; while a runner maps it, it stays in the table as an orphan."""
+        store.progress.cancelled = True
+        if store.loaded:
+            store.loaded.close()
+        if is_mapped and store.state is StoreState.READY:
+            store.state = StoreState.ORPHANED
+        else:
+            del self._by_digest[store.digest]
+
+    def forget_orphan(self, store: HeldStore) -> None:
+        """Drop an orphan that nobody maps any more."""
+        if self._by_digest.get(store.digest) is store:
+            del self._by_digest[store.digest]
+
+    def close(self) -> None:
+        """Let everything go."""
+        for store in self._by_digest.values():
+            store.progress.cancelled = True
+            if store.loaded:
+                store.loaded.close()
+        self._by_digest.clear()

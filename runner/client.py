@@ -1,0 +1,165 @@
+"""The runner's session with expertd: attach to a store, start the daemon if none runs. Blocks its caller.
+
+The open control connection is the session, so it is kept for as long as the store is. Everything else is mapped
+memory: once attached, a resident store costs no message, and it stays readable if the daemon dies.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from protocol.catalogue import CATALOGUE_NBYTES_MAX, Catalogue, decode_catalogue
+from protocol.control_client import ControlClient
+from protocol.errors import DaemonUnavailable, ManifestError, ProtocolError, RequestRefused
+from protocol.fdpass import close_all
+from protocol.handles import ExpertKey
+from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, load_manifest
+from protocol.messages import Code
+from protocol.segment import map_segment, segment_nbytes
+from runner.config import RunnerConfig, my_runtime_dir
+from runner.errors import CorruptExpert, StoreChanged, StoreInvalid, StoreUnavailable
+
+_ATTEMPTS_MAX = 3
+# What `expertd start STORE` mends.
+_MENDABLE = (Code.UNKNOWN_STORE, Code.STORE_LOADING, Code.DRAINING)
+
+
+class AttachedStore:
+    """A store mapped into this process: a StoreView, and the session it came from. A context manager.
+
+    Views and tensors made from them stay valid after closing; the memory goes when the last of them does.
+    """
+
+    def __init__(self, path: Path, client: ControlClient, digest: str, *, started_daemon: bool) -> None:
+        """Attach over a fresh session; raise ProtocolError or StoreChanged. The client is owned from here on."""
+        start = time.perf_counter()
+        self.path = path
+        self.started_daemon = started_daemon
+        self._client = client
+        fds = client.attach(digest)
+        try:
+            self._catalogue = _map_catalogue(fds[0], digest)
+            sizes = self._catalogue.segments_nbytes
+            if len(fds) != 1 + len(sizes):
+                raise StoreChanged(f"{path}: {len(sizes)} segments were promised, {len(fds) - 1} came")
+            self._views = [map_segment(fd, nbytes) for fd, nbytes in zip(fds[1:], sizes, strict=True)]
+        finally:
+            close_all(fds)
+        self.shared_nbytes = sum(sizes)
+        self.attach_s = time.perf_counter() - start
+
+    def __enter__(self) -> "AttachedStore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The content of the store."""
+        return self._catalogue.manifest
+
+    def expert_record(self, key: ExpertKey) -> memoryview:
+        """Return the bytes of one expert in the shared mapping; raise CorruptExpert."""
+        handle = self._catalogue.experts.get(key)
+        if handle is None:
+            raise CorruptExpert(f"{self.path}: {key} is corrupt; see `expertd verify {self.path}`, then make it again")
+        return self._views[handle.segment][handle.offset : handle.offset + handle.nbytes]
+
+    def dense_record(self, name: str) -> memoryview:
+        """Return the bytes of one dense tensor's record; raise StoreInvalid if the store has none of that name."""
+        handle = self._catalogue.dense.get(name)
+        if handle is None:
+            raise StoreInvalid(f"{self.path}: the store has no tensor {name}")
+        return self._views[handle.segment][handle.offset : handle.offset + handle.nbytes]
+
+    def side_file(self, name: str) -> bytes | None:
+        """Return a side file of the store, None if it has none of that name; raise StoreChanged."""
+        for side_file in self.manifest.files:
+            if side_file.name == name:
+                data = _read_bounded(self.path / name, side_file.nbytes)
+                if hashlib.sha256(data).hexdigest() != side_file.sha256:
+                    raise StoreChanged(f"{self.path / name}: not the file this store was made with")
+                return data
+        return None
+
+    def close(self) -> None:
+        """End the session; calling it again does nothing."""
+        self._client.close()
+        self._views = []
+
+
+def attach(path: Path, config: RunnerConfig) -> AttachedStore:
+    """Return the store in that directory, attached; start expertd and load the store first if that is needed.
+
+    Raises StoreInvalid, StoreChanged or StoreUnavailable.
+    """
+    digest = _digest_of(path)
+    started_daemon = False
+    for _ in range(_ATTEMPTS_MAX):
+        try:
+            return _attach_once(path, digest, started_daemon=started_daemon)
+        except DaemonUnavailable as error:
+            reason = str(error)
+        except RequestRefused as refusal:
+            if refusal.code not in _MENDABLE:
+                raise StoreUnavailable(f"{path}: {refusal.detail} ({refusal.code})") from None
+            reason = refusal.detail
+        except ProtocolError as error:
+            raise StoreUnavailable(f"{path}: {error}") from None
+        if not config.autostart:
+            raise StoreUnavailable(f"{path}: {reason}; `expertd start {path}` serves it")
+        _start_daemon(path)
+        started_daemon = True
+    raise StoreUnavailable(f"{path}: {reason}, though expertd was started {_ATTEMPTS_MAX} times")
+
+
+def _attach_once(path: Path, digest: str, *, started_daemon: bool) -> AttachedStore:
+    client = ControlClient(my_runtime_dir())
+    try:
+        return AttachedStore(path, client, digest, started_daemon=started_daemon)
+    except BaseException:
+        client.close()
+        raise
+
+
+def _start_daemon(path: Path) -> None:
+    """Run `expertd start STORE`, which says on standard error what stays in memory and how to end it."""
+    # Nothing of this process but standard error is inherited; a session of its own keeps Ctrl-C from the daemon.
+    command = [sys.executable, "-m", "expertd", "start", str(path.absolute())]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
+    if result.returncode:
+        raise StoreUnavailable(f"{path}: `expertd start` failed with exit code {result.returncode}, see above")
+
+
+def _digest_of(path: Path) -> str:
+    data = _read_bounded(path / MANIFEST_FILE, MANIFEST_NBYTES_MAX)
+    try:
+        return load_manifest(data).digest
+    except ManifestError as error:
+        raise StoreInvalid(f"{path}: {error}") from None
+
+
+def _map_catalogue(fd: int, digest: str) -> Catalogue:
+    nbytes = min(segment_nbytes(fd), CATALOGUE_NBYTES_MAX)
+    catalogue = decode_catalogue(bytes(map_segment(fd, nbytes)))
+    if catalogue.manifest.digest != digest:
+        raise StoreChanged("expertd served another store than the one that was asked for")
+    return catalogue
+
+
+def _read_bounded(path: Path, nbytes_max: int) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise StoreInvalid(f"{path}: missing; this is no store, or an incomplete one") from None
+    except OSError as error:
+        raise StoreInvalid(f"{path}: cannot be opened ({error.strerror})") from None
+    with os.fdopen(fd, "rb") as file:
+        return file.read(nbytes_max + 1)
