@@ -1,0 +1,1 @@
+"""What `make demo` shows: a quantized Mixtral, held by expertd, generates text."""
