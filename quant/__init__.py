@@ -1,0 +1,1 @@
+"""The numbers of an expert: solver, packing, records, matrix products. No processes, no sockets."""

@@ -1,0 +1,73 @@
+#include "part.h"
+
+/* The bounds of protocol/layout.py; with them no product below leaves 64 bits. */
+static const int64_t rows_max = 1 << 24;
+static const int64_t cols_max = 1 << 24;
+
+static int64_t aligned(int64_t nbytes) { return (nbytes + PLANE_ALIGNMENT - 1) / PLANE_ALIGNMENT * PLANE_ALIGNMENT; }
+
+static bool describe_format(int64_t format, struct plan *plan) {
+    plan->groups_per_block = 1;
+    switch (format) {
+    case EXPERTD_BF16:
+    case EXPERTD_FP16:
+        plan->nbits = 0;
+        return true;
+    case EXPERTD_Q8_G64:
+        plan->nbits = 8;
+        return true;
+    case EXPERTD_Q4_G64:
+        plan->nbits = 4;
+        return true;
+    case EXPERTD_Q3_G64:
+        plan->nbits = 3;
+        return true;
+    case EXPERTD_Q2_G16:
+        plan->nbits = 2;
+        plan->groups_per_block = 4;
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* Fill in the planes; return the length that the part must have. */
+static int64_t place_planes(const struct expertd_part *part, struct plan *plan) {
+    if (plan->nbits == 0) {
+        return part->rows * part->cols * 2;
+    }
+    int64_t n_panels = (part->rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    int64_t row_plane_nbytes = aligned(n_panels * PANEL_ROWS * 4);
+    plan->n_blocks = part->cols / BLOCK_COLS;
+    plan->scale_step = (const float *)part->bytes;
+    plan->zero_min = (const float *)(part->bytes + row_plane_nbytes);
+    plan->zero_step = (const float *)(part->bytes + 2 * row_plane_nbytes);
+    plan->panels = part->bytes + 3 * row_plane_nbytes;
+    plan->codes_offset = aligned(plan->n_blocks * 2 * PANEL_ROWS * plan->groups_per_block);
+    plan->panel_nbytes = plan->codes_offset + aligned(plan->n_blocks * PANEL_ROWS * BLOCK_COLS * plan->nbits / 8);
+    return 3 * row_plane_nbytes + n_panels * plan->panel_nbytes;
+}
+
+int check_part(const struct expertd_part *part, int64_t first_row, int64_t n_rows, struct plan *plan) {
+    if (!describe_format(part->format, plan)) {
+        return EXPERTD_UNKNOWN_FORMAT;
+    }
+    if (part->rows < 1 || part->rows > rows_max || part->cols < 1 || part->cols > cols_max) {
+        return EXPERTD_BAD_SHAPE;
+    }
+    if (plan->nbits != 0 && part->cols % BLOCK_COLS != 0) {
+        return EXPERTD_BAD_SHAPE;
+    }
+    if (!is_aligned(part->bytes)) {
+        return EXPERTD_BAD_ALIGNMENT;
+    }
+    if (part->nbytes != place_planes(part, plan)) {
+        return EXPERTD_BAD_LENGTH;
+    }
+    if (first_row < 0 || n_rows < 0 || first_row > part->rows || n_rows > part->rows - first_row) {
+        return EXPERTD_BAD_ROWS;
+    }
+    return EXPERTD_OK;
+}
+
+int expertd_abi_version(void) { return EXPERTD_ABI_VERSION; }

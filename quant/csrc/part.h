@@ -1,0 +1,37 @@
+/* Where the planes of a part lie, and the checks that make it safe to read them. */
+
+#ifndef EXPERTD_PART_H
+#define EXPERTD_PART_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "api.h"
+
+enum {
+    PANEL_ROWS = 8,
+    BLOCK_COLS = 64,
+    PLANE_ALIGNMENT = 128,
+    GROUPS_PER_BLOCK_MAX = 4,
+};
+
+/* The planes of a quantized part; nbits is 0 for a 16-bit part, which has none. */
+struct plan {
+    int nbits;
+    int groups_per_block;
+    int64_t n_blocks;
+    const float *scale_step;
+    const float *zero_min;
+    const float *zero_step;
+    const uint8_t *panels;
+    int64_t codes_offset; /* in a panel; metadata comes first */
+    int64_t panel_nbytes;
+};
+
+/* Return EXPERTD_OK and the plan, or what is wrong with the part or the range of rows. */
+int check_part(const struct expertd_part *part, int64_t first_row, int64_t n_rows, struct plan *plan);
+
+/* Return whether `floats` may hold float32 values at all. */
+static inline bool is_aligned(const void *floats) { return floats != NULL && (uintptr_t)floats % 4 == 0; }
+
+#endif

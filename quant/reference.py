@@ -1,0 +1,62 @@
+"""The weights of a part as float32: the reference that every kernel is held to. Clear before fast.
+
+Each operation is rounded to float32 by itself, none is fused into another, so that a kernel can be bit-equal:
+zero = zero_min + (zero_step * z); scale = scale_step * s; w = (q - zero) * scale.
+"""
+
+import torch
+from torch import Tensor
+
+from protocol.layout import PANEL_ROWS, Part, panel_plan
+from protocol.schemes import BF16, Scheme, scheme_named
+from quant.packing import codes_of, panels_of, row_planes, unpack_metadata
+from quant.panel_codes import deinterleave
+from quant.part_bytes import check_part, check_rows
+
+_STRIP_NELEMENTS = 1 << 20
+
+
+def dequantize(part_bytes: Tensor, rows: int, cols: int, scheme: Scheme) -> Tensor:
+    """Return the weights, f32 [rows, cols], of the bytes of a part, u8; raise BadPart or LayoutError."""
+    part = Part("matrix", rows, cols, scheme.name)
+    check_part(part_bytes, part)
+    weights = torch.empty(rows, cols)
+    rows_per_strip = max(PANEL_ROWS, _STRIP_NELEMENTS // cols // PANEL_ROWS * PANEL_ROWS)
+    for first_row in range(0, rows, rows_per_strip):
+        strip = weights[first_row : first_row + rows_per_strip]
+        dequantize_rows(part_bytes, part, first_row, strip.shape[0], strip)
+    return weights
+
+
+def dequantize_rows(part_bytes: Tensor, part: Part, first_row: int, n_rows: int, out: Tensor) -> None:
+    """Write the weights of a range of rows into out, f32 [n_rows, cols]; raise BadShape if the part has no such rows.
+
+    The caller has checked the part's bytes: this runs once a strip.
+    """
+    check_rows(part, first_row, n_rows)
+    scheme = scheme_named(part.scheme)
+    if n_rows == 0:
+        return
+    if scheme.is_quantized:
+        _dequantize_panels(part_bytes, part, scheme, first_row, out)
+    else:
+        dtype = torch.bfloat16 if scheme == BF16 else torch.float16
+        out.copy_(part_bytes.view(dtype).view(part.rows, part.cols)[first_row : first_row + n_rows])
+
+
+def _dequantize_panels(part_bytes: Tensor, part: Part, scheme: Scheme, first_row: int, out: Tensor) -> None:
+    last_row = first_row + out.shape[0]
+    plan = panel_plan(part.rows, part.cols, scheme)
+    first_panel = first_row // PANEL_ROWS
+    panels = panels_of(part_bytes, plan)[first_panel : -(-last_row // PANEL_ROWS)]
+    wanted = slice(first_row - first_panel * PANEL_ROWS, last_row - first_panel * PANEL_ROWS)
+    codes = deinterleave(codes_of(panels, plan), part.cols, scheme.nbits)[wanted]
+    scales, zeros = (codes_8bit[wanted].float() for codes_8bit in unpack_metadata(panels, plan))  # each [n, K/g]
+    scale_step, zero_min, zero_step = (
+        plane[first_row:last_row, None] for plane in row_planes(part_bytes, plan, part.rows)
+    )
+    zero = zero_min + zero_step * zeros
+    scale = scale_step * scales
+    weights = out.view(*scale.shape, -1)  # [n, K/g, g]
+    weights.copy_(codes.reshape(*scale.shape, -1))
+    weights.sub_(zero[:, :, None]).mul_(scale[:, :, None])
