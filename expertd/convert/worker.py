@@ -1,0 +1,117 @@
+"""One worker process of the converter: reads matrices, encodes them, writes them at their planned places.
+
+A process of its own because the solver is thousands of small operations: threads would spend their time waiting for
+the interpreter. It plans the same store from the same checkpoint and is told numbers of records; what it writes depends
+on those alone, as it computes with one thread. It holds one matrix and its encoding at a time, never a whole record.
+The end of its input ends it, so that none outlives the converter.
+"""
+
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from expertd.convert.checkpoint import Checkpoint, open_checkpoint
+from expertd.convert.errors import CheckpointError, ConvertError, EncodeFailed, NotFinite
+from expertd.convert.mixtral import Matrix
+from expertd.convert.plan import PlannedRecord, StorePlan, plan_store
+from expertd.convert.worker_messages import Event, Failed, Job, MatrixDone, RecordDone, dump_event, load_job
+from expertd.convert.writer import RecordFiles
+from protocol.errors import LayoutError
+from protocol.layout import R8, Part, record_spans
+from protocol.schemes import BF16, FP16
+from quant.encode import encode_part
+from quant.errors import QuantError
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def main(job_text: str) -> None:
+    """Encode the records whose numbers come on standard input, until it ends or one fails."""
+    torch.set_num_threads(1)
+    events = os.dup(1)
+    os.dup2(2, 1)  # what a library prints must not stand among the events
+    try:
+        _run(load_job(job_text), events)
+    except ConvertError as error:
+        _tell(events, Failed(type(error).__name__, str(error)))
+    except ConnectionError:
+        pass  # the converter is gone
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """What one worker reads from, writes to and speaks through."""
+
+    checkpoint: Checkpoint
+    files: RecordFiles
+    solver: str
+    events: int
+
+    def encode(self, number: int, planned: PlannedRecord) -> None:
+        """Write one record, telling of each matrix and of the whole."""
+        spans = record_spans(R8, planned.parts)
+        bounds = [*(span.offset for span in spans), planned.nbytes]
+        checksum = xxhash.xxh3_128()
+        schemes = []
+        for index, (span, (begin, end)) in enumerate(zip(spans, pairwise(bounds), strict=True)):
+            part, encoded = self._encode_matrix(planned.matrices[index], span.part)
+            # The padding up to the next part, or to the record's end, belongs to what is written and checked.
+            data = bytearray(end - begin)
+            torch.frombuffer(data, dtype=torch.uint8)[: span.nbytes] = encoded
+            self.files.write(planned.file, planned.offset + begin, data)
+            checksum.update(data)
+            schemes.append(part.scheme)
+            _tell(self.events, MatrixDone(number, index))
+        _tell(self.events, RecordDone(number, tuple(schemes), checksum.hexdigest()))
+
+    def _encode_matrix(self, matrix: Matrix, planned: Part) -> tuple[Part, Tensor]:
+        """Return the part with the scheme that its weights allow and its bytes, u8 [part_nbytes]."""
+        weight = _read(self.checkpoint, matrix)  # [rows, cols]
+        part = _fitting_part(weight, planned)
+        try:
+            return part, encode_part(weight, part, solver=self.solver)
+        except (QuantError, LayoutError) as error:
+            raise EncodeFailed(f"{matrix.hub_name}: {error}") from None
+
+
+def _run(job: Job, events: int) -> None:
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(Path(job.checkpoint)))
+        plan = _same_plan(checkpoint, job)
+        files = opened.enter_context(RecordFiles(Path(job.folder), Path(job.target), plan.files))
+        encoder = _Encoder(checkpoint, files, job.config.solver, events)
+        for line in sys.stdin:
+            encoder.encode(int(line), plan.records[int(line)])
+
+
+def _same_plan(checkpoint: Checkpoint, job: Job) -> StorePlan:
+    plan = plan_store(checkpoint, job.config)
+    if plan.digest != job.plan_digest:
+        raise CheckpointError(f"{job.checkpoint}: the checkpoint changed while it was read")
+    return plan
+
+
+def _read(checkpoint: Checkpoint, matrix: Matrix) -> Tensor:
+    """Return one matrix as [rows, cols] in the checkpoint's type; raise CheckpointError or NotFinite."""
+    weight = torch.frombuffer(checkpoint.read(matrix), dtype=_DTYPES[checkpoint.dtype(matrix)])
+    if not bool(weight.isfinite().all()):
+        raise NotFinite(f"{matrix.hub_name}: holds weights that are NaN or infinite; the checkpoint is damaged")
+    return weight.reshape(matrix.rows, matrix.cols)
+
+
+def _fitting_part(weight: Tensor, planned: Part) -> Part:
+    """Return the part with the scheme that holds the weights: bf16 for those that fp16 would make infinite."""
+    if planned.scheme == FP16.name and not bool(weight.half().isfinite().all()):
+        return replace(planned, scheme=BF16.name)
+    return planned
+
+
+def _tell(events: int, event: Event) -> None:
+    os.write(events, dump_event(event))

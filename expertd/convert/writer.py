@@ -1,0 +1,74 @@
+"""The files of a store under construction: records at their planned places, then side files, the manifest last.
+
+The converter creates the files, syncs them and writes the rest; its workers fill in the records, any of them at any
+time, as no two records share a byte. Knows no tensors: a record comes as bytes.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from expertd.convert.plan import PlannedFile
+from expertd.convert.staging import disk_errors, sync_directory
+
+
+class RecordFiles:
+    """The record files of one store, open for writing. `target` is where the store will stand, for error lines only."""
+
+    def __init__(self, folder: Path, target: Path, files: tuple[PlannedFile, ...], *, flags: int = 0) -> None:
+        self._target = target
+        self._fds: dict[str, int] = {}
+        with ExitStack() as opened, disk_errors(target):
+            for file in files:
+                fd = os.open(folder / file.name, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666)
+                opened.callback(os.close, fd)
+                self._fds[file.name] = fd
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+    def write(self, file: str, offset: int, data: bytes | bytearray) -> None:
+        """Write bytes at their place; raise NoDiskSpace or WriteFailed."""
+        with disk_errors(self._target):
+            _write_all(self._fds[file], data, offset)
+
+    def sync(self, file: str) -> None:
+        """Make a file durable, whoever wrote it; raise NoDiskSpace or WriteFailed."""
+        with disk_errors(self._target):
+            os.fsync(self._fds[file])
+
+
+@contextmanager
+def new_record_files(folder: Path, target: Path, files: tuple[PlannedFile, ...]) -> Iterator[RecordFiles]:
+    """Yield the files, new and with their headers; raise NoDiskSpace or WriteFailed."""
+    with RecordFiles(folder, target, files, flags=os.O_CREAT | os.O_EXCL) as record_files:
+        for file in files:
+            record_files.write(file.name, 0, file.header)
+        yield record_files
+
+
+def write_file(folder: Path, target: Path, name: str, data: bytes) -> None:
+    """Write a whole new file durably; raise NoDiskSpace or WriteFailed."""
+    with disk_errors(target):
+        with (folder / name).open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_directory(folder)
+
+
+def _write_all(fd: int, data: bytes | bytearray, offset: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        n_written = os.pwrite(fd, rest, offset)
+        rest = rest[n_written:]
+        offset += n_written
