@@ -3,6 +3,9 @@
 Rows are expanded a strip at a time into scratch memory that stays in the cache, and multiplied from there. With the C
 library and few tokens no weight leaves the registers at all. The part's bytes are only read.
 
+Threads are the workspace's; torch's own are expected to be off (torch.set_num_threads(1)): they spin while they wait,
+which costs several times the work as soon as another process wants the cores.
+
 Letters: T tokens.
 """
 
@@ -16,9 +19,8 @@ from quant.errors import BadPart, BadShape
 from quant.part_bytes import check_part
 from quant.workspace import Workspace
 
-# 4 MB of scratch: a strip is written, then read by the product, and should not go to memory in between. Not less:
-# torch's threads meet after every strip, which costs much when other processes want the cores.
-_STRIP_NELEMENTS = 1 << 20
+# 1 MB of scratch a thread: a strip is written, then read by the product, and should not go to memory in between.
+_STRIP_NELEMENTS = 1 << 18
 
 
 class Linear:
@@ -63,28 +65,27 @@ class Linear:
     def _multiply_fused(self, x: Tensor, y: Tensor) -> None:
         part = self.part
 
-        def work(first_row: int, n_rows: int) -> None:
+        def work(first_panel: int, n_panels: int) -> None:
+            first_row = first_panel * PANEL_ROWS
+            n_rows = min(n_panels * PANEL_ROWS, part.rows - first_row)
             kernels.multiply_rows(x, self._bytes, part, first_row, n_rows, y=y)
 
-        self._workspace.split_rows(part.rows, part.cols, work)
+        self._workspace.split(-(-part.rows // PANEL_ROWS), PANEL_ROWS * part.cols, work)
 
     def _multiply_by_strips(self, x: Tensor, y: Tensor) -> None:
+        # Strips are the same whatever the number of threads, so the bits are too.
         part = self.part
-        panels_per_strip = max(1, _STRIP_NELEMENTS // (part.cols * PANEL_ROWS))
-        rows_per_strip = min(part.rows, panels_per_strip * PANEL_ROWS)
-        for first_row in range(0, part.rows, rows_per_strip):
-            n_rows = min(rows_per_strip, part.rows - first_row)
-            weights = self._expand(first_row, n_rows)
-            torch.mm(x, weights.t(), out=y[:, first_row : first_row + n_rows])
+        strip_rows = min(part.rows, max(1, _STRIP_NELEMENTS // (part.cols * PANEL_ROWS)) * PANEL_ROWS)
 
-    def _expand(self, first_row: int, n_rows: int) -> Tensor:
-        weights = self._workspace.matrix(n_rows, self.part.cols)
+        def work(first_strip: int, n_strips: int) -> None:
+            for strip in range(first_strip, first_strip + n_strips):
+                first_row = strip * strip_rows
+                n_rows = min(strip_rows, part.rows - first_row)
+                weights = self._workspace.matrix(n_rows, part.cols)
+                kernels.dequantize_rows(self._bytes, part, first_row, n_rows, weights)
+                torch.mm(x, weights.t(), out=y[:, first_row : first_row + n_rows])
 
-        def work(first: int, n: int) -> None:
-            kernels.dequantize_rows(self._bytes, self.part, first_row + first, n, weights[first : first + n])
-
-        self._workspace.split_rows(n_rows, self.part.cols, work)
-        return weights
+        self._workspace.split(-(-part.rows // strip_rows), strip_rows * part.cols, work)
 
     def _stored_16bit(self) -> Tensor:
         scheme = scheme_named(self.part.scheme)

@@ -1,10 +1,11 @@
-"""What the matrix products of one runner reuse from call to call: scratch memory, and threads that split rows.
+"""What the matrix products of one runner reuse from call to call: scratch memory, and threads that share the work.
 
 One call at a time: a workspace belongs to the thread that computes. Its own threads only ever run what that call gives
-them, on rows that no other of them touches, and the call waits for all of them.
+them, on results that no other of them touches, and the call waits for all of them.
 """
 
 import itertools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -13,10 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from protocol.layout import PANEL_ROWS
-
 # Below this many weights a second thread costs more than it gives.
-_NELEMENTS_PER_THREAD_MIN = 1 << 18
+_NELEMENTS_PER_THREAD_MIN = 1 << 19
 
 
 class Workspace:
@@ -24,8 +23,9 @@ class Workspace:
 
     def __init__(self, n_threads: int = 1) -> None:
         self.n_threads = n_threads
-        self._scratch = torch.empty(0)
-        self._pool = ThreadPoolExecutor(n_threads - 1, "quant") if n_threads > 1 else None
+        self._scratch = threading.local()
+        # OpenMP keeps its number of threads by thread: without this each of ours would bring a team of its own.
+        self._pool = ThreadPoolExecutor(n_threads - 1, "quant", torch.set_num_threads, (1,)) if n_threads > 1 else None
 
     def __enter__(self) -> Self:
         return self
@@ -39,22 +39,22 @@ class Workspace:
             self._pool.shutdown()
 
     def matrix(self, rows: int, cols: int) -> Tensor:
-        """Return scratch memory as f32 [rows, cols], of any content; the next call reuses it."""
-        if self._scratch.numel() < rows * cols:
-            self._scratch = torch.empty(rows * cols)
-        return self._scratch[: rows * cols].view(rows, cols)
+        """Return scratch memory as f32 [rows, cols], of any content; this thread's next call reuses it."""
+        scratch: Tensor | None = getattr(self._scratch, "floats", None)
+        if scratch is None or scratch.numel() < rows * cols:
+            scratch = self._scratch.floats = torch.empty(rows * cols)
+        return scratch[: rows * cols].view(rows, cols)
 
-    def split_rows(self, rows: int, cols: int, work: Callable[[int, int], None]) -> None:
-        """Call work(first_row, n_rows) for ranges that cover all rows, whole panels each, on the threads."""
-        n_shares = min(self.n_threads, max(1, rows * cols // _NELEMENTS_PER_THREAD_MIN))
-        n_panels = -(-rows // PANEL_ROWS)
-        edges = [min(rows, n_panels * share // n_shares * PANEL_ROWS) for share in range(n_shares + 1)]
-        ranges = [(first, last - first) for first, last in itertools.pairwise(edges) if last > first]
-        if self._pool is None or len(ranges) == 1:
-            for first_row, n_rows in ranges:
-                work(first_row, n_rows)
+    def split(self, n_items: int, item_nelements: int, work: Callable[[int, int], None]) -> None:
+        """Call work(first, n) for ranges that cover all items, each of so many weights, on the threads."""
+        n_shares = min(self.n_threads, n_items, max(1, n_items * item_nelements // _NELEMENTS_PER_THREAD_MIN))
+        edges = [n_items * share // n_shares for share in range(n_shares + 1)] if n_items else [0]
+        ranges = [(first, last - first) for first, last in itertools.pairwise(edges)]
+        if self._pool is None or len(ranges) <= 1:
+            for first, n in ranges:
+                work(first, n)
             return
-        pending = [self._pool.submit(work, first_row, n_rows) for first_row, n_rows in ranges[1:]]
+        pending = [self._pool.submit(work, first, n) for first, n in ranges[1:]]
         try:
             work(*ranges[0])
         finally:

@@ -6,6 +6,7 @@ memory: once attached, a resident store costs no message, and it stays readable 
 
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -24,8 +25,14 @@ from runner.config import RunnerConfig, my_runtime_dir
 from runner.errors import CorruptExpert, StoreChanged, StoreInvalid, StoreUnavailable
 
 _ATTEMPTS_MAX = 3
-# What `expertd start STORE` mends.
-_MENDABLE = (Code.UNKNOWN_STORE, Code.STORE_LOADING, Code.DRAINING)
+# What `expertd start STORE` mends, or says anew: what failed to load earlier may load now.
+_MENDABLE = (
+    Code.UNKNOWN_STORE,
+    Code.STORE_LOADING,
+    Code.DRAINING,
+    Code.OUT_OF_MEMORY,
+    Code.STORE_INVALID,
+)
 
 
 class AttachedStore:
@@ -42,6 +49,8 @@ class AttachedStore:
         self._client = client
         fds = client.attach(digest)
         try:
+            if not fds:
+                raise StoreChanged(f"{path}: expertd sent no segments")
             self._catalogue = _map_catalogue(fds[0], digest)
             sizes = self._catalogue.segments_nbytes
             if len(fds) != 1 + len(sizes):
@@ -156,6 +165,9 @@ def _map_catalogue(fd: int, digest: str) -> Catalogue:
 
 def _read_bounded(path: Path, nbytes_max: int) -> bytes:
     try:
+        # Looked at before it is opened: opening a pipe would wait for its writer.
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise StoreInvalid(f"{path}: a regular file was expected; links are not followed")
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         raise StoreInvalid(f"{path}: missing; this is no store, or an incomplete one") from None

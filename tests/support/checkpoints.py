@@ -5,6 +5,7 @@ the logits over several units: a wrong expert, head or rotation shows at once.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -145,7 +146,7 @@ def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator
         return 1 + 0.1 * weight
     # Twice the gain that keeps the variance: the gate's softmax and the logits get a spread of about two units.
     gain = 2.0 if name.endswith(("gate.weight", "lm_head.weight", "embed_tokens.weight", "w2.weight")) else 1.0
-    return weight * (gain / shape[-1] ** 0.5)
+    return weight * (gain / math.sqrt(shape[-1]))
 
 
 def _representable(weight: Tensor) -> Tensor:

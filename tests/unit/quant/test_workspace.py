@@ -1,4 +1,4 @@
-"""The workspace: which rows go to which thread, and what an error there leaves."""
+"""The workspace: what goes to which thread, and what an error there leaves."""
 
 import threading
 
@@ -10,15 +10,14 @@ from quant.workspace import Workspace
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 3000), st.sampled_from([64, 4096]))
-def test_every_row_is_worked_on_once_in_whole_panels(n_threads: int, rows: int, cols: int) -> None:
+@given(st.integers(1, 5), st.integers(0, 3000), st.sampled_from([1, 512, 1 << 18]))
+def test_every_item_is_worked_on_once(n_threads: int, n_items: int, item_nelements: int) -> None:
     ranges: list[tuple[int, int]] = []
     with Workspace(n_threads) as workspace:
-        workspace.split_rows(rows, cols, lambda first_row, n_rows: ranges.append((first_row, n_rows)))
+        workspace.split(n_items, item_nelements, lambda first, n: ranges.append((first, n)))
 
-    covered = [row for first_row, n_rows in sorted(ranges) for row in range(first_row, first_row + n_rows)]
-    assert covered == list(range(rows))
-    assert all(first_row % 8 == 0 for first_row, _ in ranges)
+    covered = [item for first, n in sorted(ranges) for item in range(first, first + n)]
+    assert covered == list(range(n_items))
     assert len(ranges) <= n_threads
 
 
@@ -26,29 +25,44 @@ def test_large_matrices_are_shared_among_all_threads() -> None:
     threads = set()
     gate = threading.Barrier(3, timeout=30)
 
-    def work(_first_row: int, _n_rows: int) -> None:
+    def work(_first: int, _n: int) -> None:
         gate.wait()  # passes only if three threads are here at once
         threads.add(threading.get_ident())
 
     with Workspace(3) as workspace:
-        workspace.split_rows(4096, 4096, work)
+        workspace.split(4096, 4096, work)
 
     assert len(threads) == 3
 
 
-@pytest.mark.parametrize("failing_row", [0, 2048])
-def test_an_error_in_any_share_is_raised_after_the_others_ended(failing_row: int) -> None:
+@pytest.mark.parametrize("failing_item", [0, 2048])
+def test_an_error_in_any_share_is_raised_after_the_others_ended(failing_item: int) -> None:
     done = []
 
-    def work(first_row: int, _n_rows: int) -> None:
-        if first_row == failing_row:
-            raise ValueError(f"row {first_row}")
-        done.append(first_row)
+    def work(first: int, _n: int) -> None:
+        if first == failing_item:
+            raise ValueError(f"item {first}")
+        done.append(first)
 
-    with Workspace(2) as workspace, pytest.raises(ValueError, match=f"row {failing_row}"):
-        workspace.split_rows(4096, 4096, work)
+    with Workspace(2) as workspace, pytest.raises(ValueError, match=f"item {failing_item}"):
+        workspace.split(4096, 4096, work)
 
-    assert done == [2048 - failing_row]
+    assert done == [2048 - failing_item]
+
+
+def test_every_thread_has_scratch_memory_of_its_own() -> None:
+    gate = threading.Barrier(2, timeout=30)
+    addresses = set()
+
+    with Workspace(2) as workspace:
+
+        def work(_first: int, _n: int) -> None:
+            addresses.add(workspace.matrix(8, 8).data_ptr())
+            gate.wait()
+
+        workspace.split(4096, 4096, work)
+
+    assert len(addresses) == 2
 
 
 def test_scratch_memory_grows_and_is_reused() -> None:

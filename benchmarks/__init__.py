@@ -1,0 +1,1 @@
+"""Speed and memory, measured. Each file measures one thing; `python -m benchmarks` runs them and keeps the figures."""

@@ -1,0 +1,32 @@
+"""A measured quantity: its samples, and how it is shown. Pure."""
+
+from dataclasses import asdict, dataclass
+from statistics import median
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One quantity in one unit, measured several times."""
+
+    name: str
+    unit: str
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle of the samples."""
+        return median(self.samples)
+
+    def as_json(self) -> dict[str, object]:
+        """Return it with its summary."""
+        return asdict(self) | {"median": self.median, "least": min(self.samples), "greatest": max(self.samples)}
+
+
+def table(figures: list[Figure]) -> str:
+    """Return the figures as a Markdown table."""
+    lines = ["| what | median | least | greatest | unit | n |", "|---|---|---|---|---|---|"]
+    for figure in figures:
+        numbers = (figure.median, min(figure.samples), max(figure.samples))
+        cells = " | ".join(f"{number:.4g}" for number in numbers)
+        lines.append(f"| {figure.name} | {cells} | {figure.unit} | {len(figure.samples)} |")
+    return "\n".join(lines)

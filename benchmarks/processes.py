@@ -1,0 +1,76 @@
+"""Starting our commands in a runtime directory of their own, and reading what the kernel says of them."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where the measured daemon is met; nobody else's daemon is touched."""
+
+    runtime_dir: Path
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of every measured process."""
+        return dict(os.environ) | {"EXPERTD_RUNTIME_DIR": str(self.runtime_dir)}
+
+    def expertd(self, *arguments: str) -> str:
+        """Run `expertd` and return its standard output; raise CalledProcessError."""
+        return self._run("expertd", *arguments)
+
+    def runner(self, *arguments: str) -> str:
+        """Run `runner` and return its standard output; raise CalledProcessError."""
+        return self._run("runner", *arguments)
+
+    @contextmanager
+    def daemon(self, store: Path | None = None) -> Iterator[None]:
+        """Have a daemon run, with a store in memory perhaps, and stop it at the end."""
+        self.expertd("start", *([str(store)] if store else []))
+        try:
+            yield
+        finally:
+            with suppress(subprocess.CalledProcessError):
+                self.expertd("stop")
+
+    def _run(self, module: str, *arguments: str) -> str:
+        command = [sys.executable, "-m", module, *arguments]
+        result = subprocess.run(command, env=self.variables, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise SystemExit(f"{' '.join(command)} failed: {result.stderr.strip()}")
+        return result.stdout
+
+
+def shmem_nbytes() -> int:
+    """Return the shared memory of the whole machine."""
+    return _kilobytes(Path("/proc/meminfo"), "Shmem:") * 1024
+
+
+def private_dirty_nbytes(pid: int) -> int:
+    """Return what one process has written and shares with nobody, the store's segments left out.
+
+    The kernel calls a page private that only one process maps. The daemon maps no segment once it is sealed, so the
+    pages of a store with one runner would count as that runner's.
+    """
+    nbytes, is_counted = 0, True
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if _MAPPING.match(line):
+            is_counted = "memfd:expertd" not in line
+        elif is_counted and line.startswith("Private_Dirty:"):
+            nbytes += int(line.split()[1]) * 1024
+    return nbytes
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    raise SystemExit(f"{path} does not say {name}")

@@ -1,0 +1,121 @@
+"""The runner's options: flag before file before default. The only place of the runner that reads the environment.
+
+Knows neither click nor torch. `configs/runner.toml` documents every option.
+"""
+
+import difflib
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from protocol.runtime_dir import RuntimeDir, runtime_dir
+from runner.errors import ConfigInvalid
+
+DEVICES = ("auto", "cpu", "cuda")
+
+_CONFIG_NBYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """What may be chosen for a run; None means that the option is not set."""
+
+    device: str = "auto"
+    threads: int | None = None
+    context: int = 4096
+    exact: bool = False
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int | None = None
+    autostart: bool = True
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        """Raise ConfigInvalid for a value outside its range."""
+        _check_choice("device", self.device, DEVICES)
+        _check_whole("threads", self.threads, 1, 1024, optional=True)
+        _check_whole("context", self.context, 1, 1 << 24)
+        _check_bool("exact", self.exact)
+        _check_whole("max_new_tokens", self.max_new_tokens, 1, 1 << 24)
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_whole("top_k", self.top_k, 1, 1 << 24, optional=True)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_whole("seed", self.seed, 0, (1 << 63) - 1, optional=True)
+        _check_bool("autostart", self.autostart)
+        _check_whole("prefill_chunk", self.prefill_chunk, 1, 1 << 20)
+
+
+def load_config(environment: Mapping[str, str] | None = None) -> RunnerConfig:
+    """Return the options of the user's file, if there is one, and of the environment; raise ConfigInvalid."""
+    environment = os.environ if environment is None else environment
+    path = config_path(environment)
+    config = read_config(path) if path.exists() else RunnerConfig()
+    if environment.get("EXPERTD_AUTOSTART") == "0":
+        config = replace(config, autostart=False)
+    return config
+
+
+def config_path(environment: Mapping[str, str]) -> Path:
+    """Return where the user's file is looked for."""
+    base = environment.get("XDG_CONFIG_HOME") or str(Path(environment.get("HOME", "/")) / ".config")
+    return Path(base) / "expertd" / "runner.toml"
+
+
+def read_config(path: Path) -> RunnerConfig:
+    """Return the options in that file; raise ConfigInvalid naming the file and the option."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(_CONFIG_NBYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigInvalid(f"{path}: {error.strerror}") from None
+    if len(data) > _CONFIG_NBYTES_MAX:
+        raise ConfigInvalid(f"{path}: more than {_CONFIG_NBYTES_MAX} bytes")
+    try:
+        return with_options(RunnerConfig(), tomllib.loads(data.decode()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{path}: not TOML ({error})") from None
+    except ConfigInvalid as error:
+        raise ConfigInvalid(f"{path}: {error}") from None
+
+
+def with_options(config: RunnerConfig, options: Mapping[str, object]) -> RunnerConfig:
+    """Return the configuration with those options replaced; raise ConfigInvalid for an unknown or impossible one."""
+    names = [field.name for field in fields(RunnerConfig)]
+    for name in options:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ConfigInvalid(f"unknown option {name!r}; the nearest known one is {nearest!r}")
+    return replace(config, **options)  # type: ignore[arg-type]  # each value is checked by the class itself
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigInvalid(f"{name}: one of {', '.join(choices)} is expected, {value!r} came")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigInvalid(f"{name}: true or false is expected, {value!r} came")
+
+
+def _check_whole(name: str, value: object, minimum: int, maximum: int, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise ConfigInvalid(f"{name}: a whole number from {minimum} to {maximum} is expected, {value!r} came")
+
+
+def _check_number(name: str, value: object, minimum: float, maximum: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not minimum <= value <= maximum:  # type: ignore[arg-type,operator]
+        raise ConfigInvalid(f"{name}: a number from {minimum:g} to {maximum:g} is expected, {value!r} came")
+
+
+def my_runtime_dir() -> RuntimeDir:
+    """Return where this user's daemon is met."""
+    return runtime_dir(os.environ, os.geteuid())

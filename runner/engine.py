@@ -1,0 +1,243 @@
+"""The Python interface: an open store, ready to compute. Owns the model, the tokenizer and the attachment to the store.
+
+One engine is used from one thread. Whatever is attached is detached by close(), which the `with` statement calls.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from quant.workspace import Workspace
+from runner.config import RunnerConfig
+from runner.devices import choose_device
+from runner.devices.cpu import set_threads
+from runner.errors import PromptInvalid, PromptTooLong, RunnerError, StoreInvalid
+from runner.experts.in_place import InPlaceExperts
+from runner.kv_cache import KVCache
+from runner.models.mixtral import Mixtral, Piece
+from runner.models.mixtral_config import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    MixtralConfig,
+    check_experts,
+    read_mixtral_config,
+)
+from runner.rounds import plan_rounds
+from runner.sampling import Sampling, sample
+from runner.sequence import Sequence
+from runner.store_view import StoreView
+from runner.tokenizer import Tokenizer
+from runner.weights import load_dense_weights
+
+
+def open_engine(
+    store: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    exact: bool = False,
+    context: int = 4096,
+    prefill_chunk: int = 512,
+    autostart: bool = True,
+) -> "Engine":
+    """Attach to a store through expertd and return the engine that computes with it; raise RunnerError.
+
+    store           the directory that `expertd quantize` wrote
+    device          "auto" or "cpu"; "cuda" comes with a later version
+    threads         None: one for each physical core this process may use. torch's thread count is the process's.
+    exact           keep keys and values in fp32 instead of fp16
+    context         the most tokens a sequence may have
+    prefill_chunk   how many tokens are computed at once
+    autostart       start expertd if none runs; it stays, with the store in memory
+
+        with runner.open_engine("mixtral-4bit") as engine:
+            prompt = engine.tokenizer.encode("Once upon a time")
+            for token_id in engine.generate(prompt, max_new_tokens=20): ...
+    """
+    settings = RunnerConfig(
+        device=device,
+        threads=threads,
+        exact=exact,
+        context=context,
+        prefill_chunk=prefill_chunk,
+        autostart=autostart,
+    )
+    return open_configured(Path(store), settings)
+
+
+def open_configured(store_dir: Path, settings: RunnerConfig) -> "Engine":
+    """Attach to a store with those options and return its engine; raise RunnerError."""
+    choose_device(settings.device)
+    from runner.client import attach
+
+    with ExitStack() as guard:
+        attachment = guard.enter_context(ExitStack())
+        store = attachment.enter_context(attach(store_dir, settings))
+        engine = Engine(store, settings, attachment)
+        guard.pop_all()
+    return engine
+
+
+class Engine:
+    """A model over an attached store. `attachment` is closed with the engine."""
+
+    def __init__(self, store: StoreView, settings: RunnerConfig, attachment: ExitStack | None = None) -> None:
+        choose_device(settings.device)
+        self.settings = settings
+        self.n_threads = set_threads(settings.threads)
+        self._store: StoreView | None = store
+        started = monotonic()
+        self.config = _read_config(store)
+        check_experts(store.manifest, self.config)
+        workspace = Workspace(self.n_threads)
+        weights = load_dense_weights(store, workspace, self.config)
+        self._model: Mixtral | None = Mixtral(self.config, weights, InPlaceExperts(store, workspace))
+        self.dense_weights_s = monotonic() - started
+        self._owned = ExitStack()
+        if attachment is not None:
+            self._owned.enter_context(attachment)
+        self._owned.enter_context(workspace)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the model and detach from the store; a closed engine computes no more."""
+        self._model = None
+        self._store = None
+        self._owned.close()
+
+    @property
+    def store(self) -> StoreView:
+        """The attached store; raise RunnerError if the engine is closed."""
+        if self._store is None:
+            raise RunnerError("the engine is closed")
+        return self._store
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The store's tokenizer; raise TokenizerInvalid."""
+        return Tokenizer(self.store.side_file)
+
+    def new_sequence(self, context: int | None = None) -> Sequence:
+        """Return an empty sequence with room for `context` tokens, or for as many as the engine's options say."""
+        return Sequence(
+            KVCache(
+                n_layers=self.config.n_layers,
+                n_kv_heads=self.config.n_kv_heads,
+                context=context or self.settings.context,
+                head_dim=self.config.head_dim,
+                dtype=torch.float32 if self.settings.exact else torch.float16,
+            )
+        )
+
+    def step(self, sequences: Iterable[Sequence]) -> Tensor:
+        """Compute each sequence's pending tokens, at least one; return the logits behind the last, fp32 [n, vocab]."""
+        return torch.cat([logits[-1:] for logits in self._compute(list(sequences), all_logits=False)])
+
+    def logits(self, token_ids: Iterable[int]) -> Tensor:
+        """Return the logits behind every token of a sequence of its own, fp32 [T, vocab]; raise RunnerError."""
+        sequence = self._prompted(token_ids, fits=True)
+        return self._compute([sequence], all_logits=True)[0]
+
+    def generate(
+        self,
+        token_ids: Iterable[int],
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Return an iterator over the ids of the tokens that follow; it ends before an end-of-sequence token.
+
+        Temperature 0 is greedy; seed None draws differently each time. Raise RunnerError for a prompt or an option
+        that cannot be; iterating raises ContextFull behind the last token that had room.
+        """
+        checked = RunnerConfig(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        sampling = Sampling(checked.temperature, checked.top_k, checked.top_p)
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        return self._continue(self._prompted(token_ids), max_new_tokens, sampling, generator)
+
+    def _continue(
+        self, sequence: Sequence, max_new_tokens: int, sampling: Sampling, generator: torch.Generator
+    ) -> Iterator[int]:
+        for n_tokens in range(1, max_new_tokens + 1):
+            token_id = sample(self.step([sequence])[0], sampling, generator)
+            if token_id in self.config.eos_token_ids:
+                return
+            yield token_id
+            if n_tokens < max_new_tokens:
+                sequence.append([token_id])
+
+    def _prompted(self, token_ids: Iterable[int], *, fits: bool = False) -> Sequence:
+        """Return a new sequence with those tokens pending, its kv_cache no longer than them if it `fits`."""
+        prompt = list(token_ids)
+        if not prompt:
+            raise PromptInvalid("the prompt has no tokens")
+        for token_id in prompt:
+            if not 0 <= token_id < self.config.vocab_size:
+                raise PromptInvalid(f"token id {token_id} is outside the vocabulary of {self.config.vocab_size}")
+        if len(prompt) > self.settings.context:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens, the context holds {self.settings.context}; "
+                "a larger --context has room"
+            )
+        sequence = self.new_sequence(len(prompt) if fits else None)
+        sequence.append(prompt)
+        return sequence
+
+    def _compute(self, sequences: list[Sequence], *, all_logits: bool) -> list[Tensor]:
+        """Compute all pending tokens; return each sequence's logits: of its last token, or of all, [n, vocab]."""
+        if not sequences or not all(sequence.pending for sequence in sequences):
+            raise PromptInvalid("a step takes one or more sequences, each with pending tokens")
+        computed: list[list[Tensor]] = [[] for _ in sequences]
+        for takes in plan_rounds([len(sequence.pending) for sequence in sequences], self.settings.prefill_chunk):
+            pieces = [
+                Piece(sequences[take.sequence].kv_cache, sequences[take.sequence].pending[: take.n_tokens])
+                for take in takes
+            ]
+            n_wanted = [take.n_tokens if all_logits else int(take.is_last) for take in takes]
+            logits = self._forward(pieces, n_wanted)
+            for take, part in zip(takes, logits, strict=True):
+                del sequences[take.sequence].pending[: take.n_tokens]
+                computed[take.sequence].append(part)
+        return [torch.cat(parts) for parts in computed]
+
+    def _forward(self, pieces: list[Piece], n_wanted: list[int]) -> tuple[Tensor, ...]:
+        """Compute the pieces; return the logits behind the last n_wanted tokens of each."""
+        if self._model is None:
+            raise RunnerError("the engine is closed")
+        wanted: list[int] = []
+        end = 0
+        for piece, n in zip(pieces, n_wanted, strict=True):
+            end += len(piece.token_ids)
+            wanted += range(end - n, end)
+        with torch.no_grad():
+            return torch.split_with_sizes(self._model.forward(pieces, wanted), n_wanted)
+
+
+def _read_config(store: StoreView) -> MixtralConfig:
+    config_file = store.side_file(CONFIG_FILE)
+    if config_file is None:
+        raise StoreInvalid(f"the store has no {CONFIG_FILE}")
+    return read_mixtral_config(config_file, store.side_file(GENERATION_CONFIG_FILE), store.manifest.model)

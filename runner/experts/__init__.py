@@ -1,0 +1,1 @@
+"""Where experts are computed. The model sees `source.ExpertSource` only."""

@@ -1,0 +1,58 @@
+"""Experts computed straight from the shared mapping: no copies, no cache, no expert touched that is not used.
+
+Knows no gate and no store format: a record's bytes and its spans go to quant.expert as they are. Nobody blocks here but
+the kernel, which may have to map a page.
+"""
+
+import torch
+from torch import Tensor
+
+from protocol.handles import ExpertKey
+from protocol.layout import record_spans
+from quant.expert import Expert
+from quant.workspace import Workspace
+from runner.store_view import StoreView
+
+
+class InPlaceExperts:
+    """An ExpertSource over a store that lies in memory; used from one thread, the workspace's."""
+
+    def __init__(self, store: StoreView, workspace: Workspace) -> None:
+        self._store = store
+        self._workspace = workspace
+        self._experts: dict[ExpertKey, Expert] = {}
+
+    def forward(self, layer: int, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of the chosen experts' outputs, fp32 [T, hidden]; raise CorruptExpert."""
+        n_tokens, top_k = expert_ids.shape
+        contributions = hidden_states.new_empty(n_tokens, top_k, hidden_states.shape[1])
+        if n_tokens == 1:
+            for place, expert in enumerate(expert_ids[0].tolist()):
+                contributions[0, place] = self._expert(layer, expert)(hidden_states)[0]
+        else:
+            for expert in sorted(set(expert_ids.flatten().tolist())):
+                tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
+                contributions[tokens, places] = self._expert(layer, expert)(hidden_states[tokens])
+        return sum_in_order(contributions, weights)
+
+    def prefetch(self, layer: int, expert_ids: Tensor) -> None:
+        """Do nothing: the experts are in memory."""
+
+    def _expert(self, layer: int, expert: int) -> Expert:
+        key = ExpertKey(layer, expert)
+        found = self._experts.get(key)
+        if found is None:
+            record = self._store.manifest.experts[key]
+            data = torch.frombuffer(self._store.expert_record(key), dtype=torch.uint8)
+            found = Expert(data, record_spans(record.layout_id, record.parts), workspace=self._workspace)
+            self._experts[key] = found
+        return found
+
+
+def sum_in_order(contributions: Tensor, weights: Tensor) -> Tensor:
+    """Return the sum over k of contributions [T, k, hidden] by weights [T, k], added in the order of k: [T, hidden]."""
+    weighted = contributions * weights.unsqueeze(-1)
+    total = weighted[:, 0]
+    for place in range(1, weighted.shape[1]):
+        total = total + weighted[:, place]
+    return total

@@ -1,0 +1,1 @@
+"""The architectures: one file each, in the order of the computation."""

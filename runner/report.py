@@ -1,0 +1,37 @@
+"""How a report looks: lines for people, an object for programs. Pure."""
+
+from dataclasses import asdict
+
+from runner.generate import Report
+
+_MB = 1e6
+
+
+def report_lines(report: Report) -> list[str]:
+    """Return the lines a person reads behind the text."""
+    memory = report.memory
+    lines = [
+        f"prompt {report.n_prompt_tokens} tokens, {_rate(report.prefill_tokens_per_s)} · "
+        f"answer {report.n_tokens} tokens, {_rate(report.decode_tokens_per_s)} · ended by {report.finish_reason}",
+        f"memory: private {memory.private_nbytes / _MB:.0f} MB, shared {memory.shared_nbytes / _MB:.0f} MB",
+    ]
+    if report.time_to_first_token_s is not None and report.prefill_s is not None:
+        lines.append(
+            f"first token {report.time_to_first_token_s:.2f} s after the start: imports {report.imports_s:.2f}, "
+            f"attach {report.attach_s:.3f}, dense weights {report.dense_weights_s:.2f}, "
+            f"tokenizer {report.tokenizer_s:.2f}, prefill {report.prefill_s:.2f}"
+        )
+    if report.seed is not None:
+        lines.append(f"seed {report.seed}")
+    return lines
+
+
+def report_figures(report: Report) -> dict[str, object]:
+    """Return the report as one flat JSON object."""
+    figures: dict[str, object] = asdict(report)
+    del figures["memory"]
+    return figures | asdict(report.memory)
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return "- tok/s" if tokens_per_s is None else f"{tokens_per_s:.1f} tok/s"

@@ -1,0 +1,50 @@
+"""A file whose opening can be held up: how a load is stopped at a known place, without timing.
+
+Linux lets who holds a write lease on a file answer before anybody else's open of it goes on; the opener waits, up to
+/proc/sys/fs/lease-break-time seconds, and the holder gets a signal: then the other side is known to stand there.
+"""
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.waiting import WITHIN_S
+
+
+class HeldFile:
+    """A file under lease."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def wait_for_opener(self) -> None:
+        """Return when somebody stands at the file and waits; raise TimeoutError."""
+        if signal.sigtimedwait({signal.SIGIO}, WITHIN_S) is None:
+            raise TimeoutError("nobody opened the held file")
+
+    def release(self) -> None:
+        """Let the opener go on."""
+        fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+@contextmanager
+def held_file(path: Path) -> Iterator[HeldFile]:
+    """Hold up everybody who opens that file; skip the test where the file system knows no leases."""
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as error:
+            pytest.skip(f"no leases on this file system ({error.strerror})")
+        yield HeldFile(fd)
+    finally:
+        os.close(fd)
+        while signal.sigtimedwait({signal.SIGIO}, 0) is not None:
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)

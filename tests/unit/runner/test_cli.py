@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.cli import run
+
+
+@pytest.fixture(autouse=True)
+def _no_user_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+
+GENERATE = ["generate", "--store", "/nonexistent", "--prompt", "hello"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing command."),
+        (["compute"], "No such command 'compute'."),
+        (["generate"], "Missing option '--store'."),
+        ([*GENERATE, "--temperature", "nan"], "--temperature: a number from 0 to 100 is expected, nan came"),
+        ([*GENERATE, "--top-p", "1.5"], "--top-p: a number from 0 to 1 is expected, 1.5 came"),
+        ([*GENERATE, "--threads", "0"], "--threads: a whole number from 1 to 1024 is expected, 0 came"),
+        ([*GENERATE, "--raw", "--system", "x"], "--system has no place without the chat template"),
+        (["perplexity", "--store", "/nonexistent"], "Missing option '--text'."),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run(arguments)
+
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (2, "")
+    assert printed.err.startswith(f"runner: {message}")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*GENERATE[:-1], ""], "the prompt is empty"),
+        ([*GENERATE, "--device", "cuda"], "device cuda: computing on GPUs comes with a later version"),
+        (["perplexity", "--store", "/nonexistent", "--text", "/nonexistent/text"], "/nonexistent/text: No such file"),
+    ],
+)
+def test_an_error_is_one_line_and_status_1(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = run(arguments)
+
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (1, "")
+    assert printed.err.startswith(f"runner: {message}")
+    assert printed.err.count("\n") == 1
+
+
+def test_an_impossible_option_in_the_file_is_status_1_and_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "expertd").mkdir()
+    (tmp_path / "expertd" / "runner.toml").write_text("context = -1\n")
+
+    status = run(GENERATE)
+
+    assert status == 1
+    assert "runner.toml: context: a whole number" in capsys.readouterr().err
+
+
+def test_a_text_that_is_no_utf8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_bytes(b"ab\xff")
+
+    status = run(["perplexity", "--store", "/nonexistent", "--text", str(tmp_path / "text")])
+
+    assert status == 1
+    assert "not UTF-8 (byte 2)" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(["--version"])
+
+    assert status == 0
+    assert capsys.readouterr().out.startswith("runner, version ")
+
+
+def test_nothing_heavy_is_imported_before_the_command_line_is_right() -> None:
+    program = (
+        "import sys, runner, runner.cli; runner.cli.run(['generate', '--store', 'x', '--prompt', 'y', '--top-k', '0']);"
+        "print(sorted({'torch', 'tokenizers', 'jinja2', 'zmq', 'numpy'} & set(sys.modules)))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+    assert done.stdout == b"[]\n"
+
+
+def test_the_package_offers_the_engine() -> None:
+    import runner
+
+    assert runner.open_engine.__module__ == "runner.engine"
+    with pytest.raises(AttributeError, match="no attribute 'open_motor'"):
+        runner.open_motor  # noqa: B018  # type: ignore[attr-defined]
