@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Event
 
 from expertd.errors import ExpertdError, LoadFailed, StartFailed
-from expertd.store import read_manifest
+from expertd.store import path_problem, read_manifest
 from protocol import messages as m
 from protocol.control_client import ControlClient
 from protocol.errors import DaemonUnavailable, RequestRefused
@@ -25,6 +25,7 @@ from protocol.runtime_dir import RuntimeDir, create_runtime_dir
 
 READY_WITHIN_S = 20.0
 _MEET_WITHIN_S = 10.0
+_SPAWN_AGAIN_S = 0.5
 _POLL_S = 0.02
 
 
@@ -43,14 +44,18 @@ def start_in_background(directory: RuntimeDir, arguments: list[str]) -> StartedD
     except DaemonUnavailable:
         was_started = _spawn(directory, arguments)
     deadline = time.monotonic() + _MEET_WITHIN_S
+    spawn_again_at = time.monotonic() + _SPAWN_AGAIN_S
     while True:
         try:
             return StartedDaemon(ControlClient(directory), was_started=was_started)
         except DaemonUnavailable as error:
-            # The one that holds the lock may still be on its way to its socket.
             if time.monotonic() > deadline:
                 raise StartFailed(f"expertd did not come up: {error}; its log is {directory.log}") from None
-            Event().wait(_POLL_S)
+        # The one that holds the lock may be on its way to its socket, or on its way out.
+        Event().wait(_POLL_S)
+        if time.monotonic() > spawn_again_at:
+            was_started = _spawn(directory, arguments)
+            spawn_again_at = time.monotonic() + _SPAWN_AGAIN_S
 
 
 def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, int], None]) -> StoreStatus:
@@ -61,6 +66,9 @@ def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, in
     manifest = read_manifest(path)
     nbytes = manifest.dense_nbytes + manifest.experts_nbytes
     digest = manifest.digest
+    problem = path_problem(str(path.absolute()))
+    if problem:
+        raise LoadFailed(f"{path}: {problem}")
     status = client.ask(m.Load(str(path.absolute()), digest), StoreStatus)
     while status.state is StoreState.LOADING:
         on_progress(status.loaded_nbytes, nbytes)
@@ -111,8 +119,11 @@ def stop_daemon(client: ControlClient, *, within_s: float) -> bool:
 def _spawn(directory: RuntimeDir, arguments: list[str]) -> bool:
     """Start a daemon and wait for its word; return whether it is the one that serves. Raise StartFailed."""
     create_runtime_dir(directory)
+    try:
+        log = os.open(directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartFailed(f"{directory.log}: cannot be opened ({error.strerror})") from None
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    log = os.open(directory.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     log_start = os.fstat(log).st_size
     command = [sys.executable, "-m", "expertd", "start", "--foreground", "--ready-fd", str(writer), *arguments]
     try:
@@ -137,8 +148,11 @@ def _spawn(directory: RuntimeDir, arguments: list[str]) -> bool:
     if not word:
         process.wait()
         raise StartFailed(f"expertd ended at once: {_last_line(directory.log, log_start)}")
+    if word != b"R":  # BUSY: another one holds the lock
+        process.wait()
+        return False
     process.returncode = 0  # it is nobody's child from here on: nothing waits for it, nothing warns
-    return word == b"R"
+    return True
 
 
 def _last_line(log: Path, start: int) -> str:

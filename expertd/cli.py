@@ -186,12 +186,16 @@ def _start_in_foreground(
     from expertd.config import load_config, my_runtime_dir
     from expertd.daemon import StoreOrder, run_daemon
     from expertd.lifecycle import ReadyPipe
-    from expertd.store import read_manifest
+    from expertd.store import path_problem, read_manifest
 
     config = load_config(config_path)
     if idle_timeout_s is not None:
         config = replace(config, idle_timeout_s=idle_timeout_s)
     orders = [StoreOrder(store.absolute(), read_manifest(store).digest) for store in stores]
+    for order in orders:
+        problem = path_problem(str(order.path))
+        if problem:
+            raise ExpertdError(f"{order.path}: {problem}")
     run_daemon(config, my_runtime_dir(), orders, ReadyPipe(ready_fd))
 
 

@@ -65,7 +65,7 @@ class ControlLoop:
         self._n_dropped_replies = 0
         self._listener = fdpass.listen(directory.control_socket, backlog=SESSIONS_MAX)
         # With every descriptor in use a waiting client cannot even be turned away: this one is spent on that.
-        self._reserve_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._reserve_fd: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._wake_reader, self.wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -102,7 +102,8 @@ class ControlLoop:
         self._selector.close()
         self._listener.close()
         for fd in (self._reserve_fd, self._wake_reader, self.wake_writer):
-            os.close(fd)
+            if fd is not None:
+                os.close(fd)
 
     def drop_session(self, session: Session) -> None:
         """Close the connection of a session; one that is gone already is no error."""
@@ -135,19 +136,20 @@ class ControlLoop:
         session = self._service.open_session(fdpass.peer_credentials(sock), self._clock())
         if isinstance(session, Refused):
             logger.warning("connection refused code=%s", session.code)
-            with suppress(OSError):
-                fdpass.send_packet(sock, encode(session))
-            sock.close()
+            _refuse(sock, session)
             return
         self._connections[sock.fileno()] = Connection(sock, session)
         self._selector.register(sock, selectors.EVENT_READ)
 
     def _turn_away(self) -> None:
-        logger.error("out of file descriptors, a client is turned away")
-        os.close(self._reserve_fd)
-        with suppress(OSError):
-            self._listener.accept()[0].close()
-        self._reserve_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        if self._reserve_fd is not None:
+            logger.error("out of file descriptors, a client is turned away")
+            os.close(self._reserve_fd)
+            self._reserve_fd = None
+            with suppress(OSError):
+                self._listener.accept()[0].close()
+        with suppress(OSError):  # another thread may have been quicker; the next client brings us here again
+            self._reserve_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def _receive(self, connection: Connection) -> None:
         try:
@@ -216,3 +218,13 @@ class ControlLoop:
         if self._idle_timeout_s is None and not is_waiting_for_hello:
             return None
         return _TICK_S if self._idle_timeout_s is None else min(_TICK_S, self._idle_timeout_s)
+
+
+def _refuse(sock: socket.socket, refusal: Refused) -> None:
+    """Say why there is no session, and hang up."""
+    with sock, suppress(OSError):
+        # Closing over an unread hello would reset the connection, and the client would never see the reason.
+        sock.shutdown(socket.SHUT_RD)
+        with suppress(MalformedMessage):
+            fdpass.receive_packet(sock, MESSAGE_NBYTES_MAX)
+        fdpass.send_packet(sock, encode(refusal))

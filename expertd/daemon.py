@@ -22,8 +22,17 @@ from types import FrameType
 
 from expertd.config import DaemonConfig
 from expertd.control import ControlLoop
-from expertd.errors import ExpertdError, LoadCancelled, LoadFailed
-from expertd.lifecycle import BUSY, READY, DaemonLock, ReadyPipe, available_nbytes, forbid_inspection, memory_figures
+from expertd.errors import AlreadyRunning, ExpertdError, LoadCancelled, LoadFailed
+from expertd.lifecycle import (
+    BUSY,
+    READY,
+    DaemonLock,
+    MemoryMeter,
+    ReadyPipe,
+    allow_all_descriptors,
+    available_nbytes,
+    forbid_inspection,
+)
 from expertd.loader import LoadedStore, Loader, LoaderSettings
 from expertd.server import RequestServer
 from expertd.service import Service
@@ -50,11 +59,12 @@ def run_daemon(config: DaemonConfig, directory: RuntimeDir, orders: Sequence[Sto
     os.umask(0o077)
     try:
         lock = DaemonLock(directory)
-    except ExpertdError:
+    except AlreadyRunning:
         ready.tell(BUSY)
         raise
     with lock:
         forbid_inspection()
+        allow_all_descriptors()
         check_seals_hold()
         daemon = Daemon(config, directory, ready)
         daemon.run(orders)
@@ -67,11 +77,12 @@ class Daemon:
         self._config = config
         self._ready: ReadyPipe | None = ready
         self._awaited: list[HeldStore] = []
-        self._failure: str | None = None
+        self._failure: ExpertdError | None = None
         self._n_signals = 0
+        self._meter = MemoryMeter()
         now = time.monotonic()
         self._service = Service(
-            uid=os.geteuid(), pid=os.getpid(), new_token=secrets.token_bytes, memory=memory_figures, now=now
+            uid=os.geteuid(), pid=os.getpid(), new_token=secrets.token_bytes, memory=self._meter.figures, now=now
         )
         lock = threading.Lock()
         self._loads = ThreadPoolExecutor(1, "expertd-loader")
@@ -89,6 +100,7 @@ class Daemon:
             lock,
             clock=time.monotonic,
             drop_session=lambda session: self._control.post(lambda: self._control.drop_session(session)),
+            on_failure=self._on_request_thread_failed,
         )
 
     def run(self, orders: Sequence[StoreOrder]) -> None:
@@ -108,14 +120,19 @@ class Daemon:
             self._control.close()
             self._loads.shutdown(wait=True, cancel_futures=True)
             self._service.close()
+            self._meter.close()
             logger.info("ended pid=%d", os.getpid())
-        if self._failure:
-            raise LoadFailed(self._failure)
+        if self._failure is not None:
+            raise self._failure
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._n_signals += 1
         if self._n_signals > 1:
             os._exit(1)
+        self._control.stop()
+
+    def _on_request_thread_failed(self) -> None:
+        self._failure = ExpertdError("the request thread failed; the log has the story")
         self._control.stop()
 
     def _start_load(self, store: HeldStore) -> None:
@@ -154,7 +171,7 @@ class Daemon:
         logger.error("store not loaded digest=%s code=%s detail=%s", store.digest[:12], code, detail)
         self._service.store_failed(store, code, detail)
         if any(store is awaited for awaited in self._awaited):
-            self._failure = f"{store.path}: {detail}"
+            self._failure = LoadFailed(f"{store.path}: {detail}")
             self._control.stop()
 
     def _tell_ready(self) -> None:

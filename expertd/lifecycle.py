@@ -3,12 +3,13 @@
 import ctypes
 import fcntl
 import os
+import resource
 from dataclasses import dataclass
 from types import TracebackType
 
 import psutil
 
-from expertd.errors import AlreadyRunning
+from expertd.errors import AlreadyRunning, StartFailed
 from expertd.service import MemoryFigures
 from protocol.runtime_dir import RuntimeDir, create_runtime_dir
 
@@ -25,10 +26,13 @@ class DaemonLock:
     """
 
     def __init__(self, directory: RuntimeDir) -> None:
-        """Take the lock; raise AlreadyRunning or RuntimeDirError."""
+        """Take the lock; raise AlreadyRunning, StartFailed or RuntimeDirError."""
         create_runtime_dir(directory)
         self._directory = directory
-        self._fd = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            self._fd = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StartFailed(f"{directory.lock}: cannot be opened ({error.strerror})") from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -70,15 +74,36 @@ class ReadyPipe:
             os.close(self.fd)
 
 
-def memory_figures() -> MemoryFigures:
-    """Return what this process and the machine hold."""
-    own = psutil.Process().memory_info()
-    return MemoryFigures(private_nbytes=own.rss - own.shared, available_nbytes=psutil.virtual_memory().available)
+class MemoryMeter:
+    """Reads what this process and the machine hold, through files opened once: with no descriptor left, too."""
+
+    def __init__(self) -> None:
+        self._own = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        self._machine = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
+
+    def figures(self) -> MemoryFigures:
+        """Return the figures of now."""
+        _size, resident, shared, *_ = os.pread(self._own, 4096, 0).split()
+        machine = os.pread(self._machine, 1 << 16, 0)
+        available_kib = machine.split(b"MemAvailable:", 1)[1].split(None, 1)[0]
+        private_nbytes = (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+        return MemoryFigures(private_nbytes, int(available_kib) * 1024)
+
+    def close(self) -> None:
+        """Close the files; to be called once."""
+        os.close(self._own)
+        os.close(self._machine)
 
 
 def available_nbytes() -> int:
     """Return the memory that can still be taken without swapping."""
     return int(psutil.virtual_memory().available)
+
+
+def allow_all_descriptors() -> None:
+    """Raise the limit of open files as far as it goes: libzmq aborts the process when it cannot accept a connection."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def forbid_inspection() -> None:

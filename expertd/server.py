@@ -40,6 +40,7 @@ class RequestServer(threading.Thread):
         *,
         clock: Callable[[], float],
         drop_session: Callable[[Session], None],
+        on_failure: Callable[[], None],
     ) -> None:
         """Bind the socket; raise StartFailed if libzmq is too old."""
         super().__init__(name="expertd-requests", daemon=True)
@@ -49,6 +50,7 @@ class RequestServer(threading.Thread):
         self._lock = lock
         self._clock = clock
         self._drop_session = drop_session
+        self._on_failure = on_failure
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
@@ -64,12 +66,16 @@ class RequestServer(threading.Thread):
         self._socket.bind(directory.request_endpoint)
 
     def run(self) -> None:
-        """Answer requests until stopped."""
+        """Answer requests until stopped, or until a fault of ours, which ends the daemon."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._stop_reader, zmq.POLLIN)
-        while self._stop_reader not in dict(poller.poll()):
-            self._serve_one()
+        try:
+            while self._stop_reader not in dict(poller.poll()):
+                self._serve_one()
+        except Exception:  # the one net of this thread: without it, it would end in silence
+            logger.exception("the request thread failed by a fault of ours")
+            self._on_failure()
 
     def stop(self) -> None:
         """End the thread and close the socket."""
@@ -87,8 +93,9 @@ class RequestServer(threading.Thread):
                 self._service.note_stray_frame()
             return
         routing_id, token, data = frames
+        peer = _credentials(token)
         with self._lock:
-            session = self._service.session_of(token.bytes, _credentials(token))
+            session = self._service.session_of(token.bytes, peer) if peer is not None else None
             if session is None:
                 self._service.note_stray_frame()
                 return
@@ -128,7 +135,14 @@ class RequestServer(threading.Thread):
             logger.warning("reply dropped error=%s", error)
 
 
-def _credentials(frame: zmq.Frame) -> Credentials:
-    """Return which process sent a frame; libzmq writes it as `localhost:uid:gid:pid` from the kernel's word."""
-    _, uid, _, pid = str(frame.get("Peer-Address")).split(":")
+def _credentials(frame: zmq.Frame) -> Credentials | None:
+    """Return which process sent a frame; libzmq writes it as `localhost:uid:gid:pid` from the kernel's word.
+
+    None for a peer that speaks ZMTP 2 or older: libzmq takes its frames, and keeps no word of where they come from.
+    """
+    try:
+        address = frame.get("Peer-Address")
+    except zmq.ZMQError:
+        return None
+    _, uid, _, pid = str(address).split(":")
     return Credentials(int(pid), int(uid))

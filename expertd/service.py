@@ -5,23 +5,26 @@ holds one lock around every call: the control thread and the request thread both
 """
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from expertd.loader import LoadedStore
 from expertd.sessions import Session, SessionTable
+from expertd.store import path_problem
 from expertd.stores import HeldStore, StoreTable
 from protocol import messages as m
 from protocol.fdpass import Credentials
 from protocol.messages import Code, Message, Refused, StoreState
-from protocol.schema import DIGEST_LENGTH, SESSIONS_MAX, STORES_MAX, TOKEN_NBYTES
+from protocol.schema import SESSIONS_MAX, STORES_MAX, TOKEN_NBYTES
 from protocol.version import HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION, LOWEST_PROTOCOL_VERSION
 
 logger = logging.getLogger(__name__)
 
 BAD_MESSAGES_MAX = 3
 HELLO_WITHIN_S = 5.0
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class Service:
         session.n_bad_messages += 1
         must_drop = session.n_bad_messages >= BAD_MESSAGES_MAX
         logger.warning("bad message pid=%d count=%d detail=%s", session.peer.pid, session.n_bad_messages, detail)
-        return Outcome(Refused(Code.BAD_MESSAGE, detail[:512]), must_drop=must_drop)
+        return Outcome(Refused(Code.BAD_MESSAGE, _clipped(detail, 512)), must_drop=must_drop)
 
     def note_stray_frame(self) -> None:
         """Count a frame on the request channel that belongs to no session."""
@@ -167,7 +170,7 @@ class Service:
         """Note why a store could not be loaded; lack of memory names who still holds an unloaded store."""
         if code is Code.OUT_OF_MEMORY:
             detail += self._orphans_hint()
-        self._stores.fail(store, Refused(code, detail[:512]))
+        self._stores.fail(store, Refused(code, _clipped(detail, 512)))
 
     # --- request channel ------------------------------------------------------------------------------------------
 
@@ -200,7 +203,7 @@ class Service:
             detail = f"expertd {LIBRARY_VERSION} speaks protocol versions {mine}"
             return Outcome(Refused(Code.VERSION_MISMATCH, detail), must_drop=True)
         token = self._new_token(TOKEN_NBYTES)
-        self._sessions.welcome(session, token, hello.library_version)
+        self._sessions.welcome(session, token, _clipped(hello.library_version, 32))
         return Outcome(m.Welcome(version, LIBRARY_VERSION, self._pid, token))
 
     def _attach(self, session: Session, digest: str) -> Outcome:
@@ -220,7 +223,7 @@ class Service:
     def _load(self, path: str, digest: str, now: float) -> Outcome:
         if self._is_draining:
             return Outcome(Refused(Code.DRAINING, "expertd is stopping"))
-        if len(digest) != DIGEST_LENGTH or not Path(path).is_absolute():
+        if not _DIGEST.fullmatch(digest) or not Path(path).is_absolute() or path_problem(path):
             return Outcome(Refused(Code.BAD_MESSAGE, "an absolute path and a digest are expected"))
         store = self._stores.find(digest)
         if store is not None and store.state in (StoreState.LOADING, StoreState.READY):
@@ -253,3 +256,8 @@ class Service:
             if session.store_digest and (store is None or store.state is not StoreState.READY):
                 pids.append(str(session.peer.pid))
         return f"; runners that still map an unloaded store: pid {', '.join(pids)}" if pids else ""
+
+
+def _clipped(text: str, length_max: int) -> str:
+    """Return a text as ASCII of bounded length: so bounded, a status of every store and session fits into a message."""
+    return text.encode("ascii", "backslashreplace")[:length_max].decode()

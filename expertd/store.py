@@ -17,6 +17,9 @@ from protocol.errors import ManifestError
 from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, Record, SideFile, load_manifest
 
 _READ_NBYTES = 8 << 20
+_PATH_NBYTES_MAX = 1024
+# A file holds up to 1 GiB of records, and every one stays open while the store is read.
+_DATA_FILES_MAX = 512
 
 
 class StoreFiles:
@@ -76,6 +79,8 @@ class StoreFiles:
 
     def _check_inside_file(self, record: Record) -> None:
         if record.file not in self._fds:
+            if len(self._fds) >= _DATA_FILES_MAX:
+                raise StoreInvalid(f"{MANIFEST_FILE}: records in more than {_DATA_FILES_MAX} files")
             self._fds[record.file] = _open_file(self._directory, record.file)
         size = os.fstat(self._fds[record.file]).st_size
         if record.offset + record.nbytes > size:
@@ -94,6 +99,17 @@ def read_manifest(path: Path) -> Manifest:
         os.close(directory)
 
 
+def path_problem(path: str) -> str | None:
+    """Return why a store at that path cannot be held, None if it can: every status has to carry the path."""
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return "the path is not UTF-8"
+    if len(encoded) > _PATH_NBYTES_MAX or b"\0" in encoded:
+        return f"the path is longer than {_PATH_NBYTES_MAX} bytes or holds a zero byte"
+    return None
+
+
 def _open_directory(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -101,6 +117,8 @@ def _open_directory(path: Path) -> int:
         raise StoreInvalid(f"{path}: no such store") from None
     except OSError as error:
         raise StoreInvalid(f"{path}: a store directory was expected ({error.strerror})") from None
+    except ValueError:
+        raise StoreInvalid("a path with a zero byte names no store") from None
 
 
 def _read_manifest(directory: int) -> Manifest:
@@ -115,15 +133,14 @@ def _read_manifest(directory: int) -> Manifest:
 
 def _open_file(directory: int, name: str) -> int:
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        # Looked at before it is opened: opening a pipe would wait for its writer.
+        if not stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+            raise StoreInvalid(f"{name}: a regular file was expected; links are not followed")
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
         raise StoreInvalid(f"{name}: missing; this is no store, or an incomplete one") from None
     except OSError as error:
-        raise StoreInvalid(f"{name}: cannot be opened ({error.strerror}); links are not followed") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise StoreInvalid(f"{name}: a regular file was expected")
-    return fd
+        raise StoreInvalid(f"{name}: cannot be opened ({error.strerror})") from None
 
 
 def _read_exactly(fd: int, target: memoryview, offset: int) -> None:

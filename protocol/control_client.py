@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from protocol import fdpass
 from protocol.codec import decode, encode
-from protocol.errors import DaemonUnavailable, MalformedMessage, RequestRefused, VersionMismatch
+from protocol.errors import DaemonUnavailable, MalformedMessage, RequestRefused, RuntimeDirError, VersionMismatch
 from protocol.messages import Attach, Attached, Code, Draining, Hello, Message, Refused, Welcome
 from protocol.runtime_dir import RuntimeDir, check_runtime_dir
 from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
@@ -25,7 +25,7 @@ class ControlClient:
 
     def __init__(self, directory: RuntimeDir, *, timeout_s: float = 10.0) -> None:
         """Connect and say hello; raise RuntimeDirError, DaemonUnavailable or VersionMismatch."""
-        if not directory.path.exists():
+        if not _exists(directory):
             raise DaemonUnavailable("no expertd runs")
         check_runtime_dir(directory)
         self._sock = fdpass.connect(directory.control_socket, timeout_s)
@@ -74,16 +74,20 @@ class ControlClient:
         try:
             return self.ask(Hello(LOWEST_PROTOCOL_VERSION, HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION), Welcome)
         except RequestRefused as refusal:
+            if refusal.code == Code.DRAINING:
+                raise DaemonUnavailable(refusal.detail) from None
             if refusal.code != Code.VERSION_MISMATCH:
                 raise
             raise VersionMismatch(
                 f"{refusal.detail}; this client speaks {LOWEST_PROTOCOL_VERSION} to {HIGHEST_PROTOCOL_VERSION}: "
-                "stop the old daemon with `expertd stop`"
+                f"end the other daemon with `kill {fdpass.peer_credentials(self._sock).pid}`"
             ) from None
 
     def _send(self, message: Message) -> None:
         try:
             fdpass.send_packet(self._sock, encode(message))
+        except BrokenPipeError:
+            return  # the daemon hung up; why is what it sent last
         except OSError as error:
             raise _unavailable(error) from None
 
@@ -99,6 +103,16 @@ class ControlClient:
         except MalformedMessage:
             fdpass.close_all(fds)
             raise
+
+
+def _exists(directory: RuntimeDir) -> bool:
+    try:
+        directory.path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise RuntimeDirError(f"{directory.path}: {error.strerror}") from None
+    return True
 
 
 def _check_owner(sock: socket.socket) -> None:

@@ -24,6 +24,7 @@ Every plane is padded to 128 bytes. In a codes block byte b of lane r of 32-byte
 so that one AVX2 load is 4 inputs (or 8, 16) of 8 rows and a GPU thread's 16 bytes are 4 rows.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,6 +100,8 @@ def record_nbytes(layout_id: str, parts: Sequence[Part]) -> int:
     return aligned(last.offset + last.nbytes, PAGE_NBYTES)
 
 
+# Asked with every product; a model has a handful of different parts.
+@functools.lru_cache(maxsize=256)
 def part_nbytes(part: Part) -> int:
     """Return the length of one part; raise LayoutError if its shape does not fit its scheme."""
     scheme = scheme_named(part.scheme)

@@ -174,6 +174,8 @@ def _read_manifest(document: dict[str, object]) -> Manifest:
             raise ManifestError(f"{key}: listed twice")
         experts[key] = record
     expected = model.n_layers * model.n_experts
+    if not expected:
+        raise ManifestError(f"model: {model.n_layers} layers of {model.n_experts} experts, at least one is expected")
     if len(experts) != expected:
         raise ManifestError(f"experts: {len(experts)} listed, {model.n_layers} x {model.n_experts} expected")
     dense: dict[str, Record] = {}
@@ -273,8 +275,9 @@ def _count(value: object, name: str, maximum: int = 1 << 40) -> int:
 
 
 def _text(value: object, name: str) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= 256:
-        raise ManifestError(f"{name}: a text of 1 to 256 characters is expected, {value!r:.40} came")
+    # What cannot be printed could not be sent either (lone surrogates), or would play tricks on a terminal.
+    if not isinstance(value, str) or not 0 < len(value) <= 256 or not value.isprintable():
+        raise ManifestError(f"{name}: a text of 1 to 256 characters, all printable, is expected, {value!r:.40} came")
     return value
 
 

@@ -21,18 +21,25 @@ class InPlaceExperts:
         self._store = store
         self._workspace = workspace
         self._experts: dict[ExpertKey, Expert] = {}
+        model = store.manifest.model
+        self._expert_nelements = 3 * model.hidden_size * model.intermediate_size
 
     def forward(self, layer: int, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, fp32 [T, hidden]; raise CorruptExpert."""
         n_tokens, top_k = expert_ids.shape
         contributions = hidden_states.new_empty(n_tokens, top_k, hidden_states.shape[1])
-        if n_tokens == 1:
-            for place, expert in enumerate(expert_ids[0].tolist()):
-                contributions[0, place] = self._expert(layer, expert)(hidden_states)[0]
+        chosen = sorted(set(expert_ids.flatten().tolist()))
+        experts = [self._expert(layer, expert) for expert in chosen]
+
+        def work(first: int, n: int) -> None:
+            for expert_id, expert in zip(chosen[first : first + n], experts[first : first + n], strict=True):
+                tokens, places = (expert_ids == expert_id).nonzero(as_tuple=True)
+                contributions[tokens, places] = expert(hidden_states[tokens])
+
+        if len(chosen) < self._workspace.n_threads:
+            work(0, len(chosen))  # each expert is shared among all threads
         else:
-            for expert in sorted(set(expert_ids.flatten().tolist())):
-                tokens, places = (expert_ids == expert).nonzero(as_tuple=True)
-                contributions[tokens, places] = self._expert(layer, expert)(hidden_states[tokens])
+            self._workspace.split(len(chosen), self._expert_nelements, work)  # each thread takes whole experts
         return sum_in_order(contributions, weights)
 
     def prefetch(self, layer: int, expert_ids: Tensor) -> None:

@@ -65,6 +65,19 @@ def test_every_thread_has_scratch_memory_of_its_own() -> None:
     assert len(addresses) == 2
 
 
+def test_work_that_splits_again_does_the_inner_part_by_itself() -> None:
+    inner_threads: dict[int, set[int]] = {0: set(), 1: set()}
+
+    with Workspace(2) as workspace:
+
+        def work(first: int, _n: int) -> None:
+            workspace.split(4096, 4096, lambda _first, _n: inner_threads[first].add(threading.get_ident()))
+
+        workspace.split(2, 1 << 20, work)
+
+    assert [len(threads) for threads in inner_threads.values()] == [1, 1]
+
+
 def test_scratch_memory_grows_and_is_reused() -> None:
     workspace = Workspace()
 

@@ -1,0 +1,58 @@
+"""The request channel of a store that is resident: counters, hints, and leases nobody needs."""
+
+from protocol import messages as m
+from protocol.handles import ExpertKey
+from protocol.messages import Code
+from tests.unit.expertd.services import attach, connect, new_service, put_store
+
+KEYS = (ExpertKey(0, 0),)
+
+
+def test_stats_count_what_a_session_asked_and_was_refused() -> None:
+    service = new_service()
+    session = connect(service, now=10.0)
+    service.handle_request(session, m.Acquire(1, KEYS), 11.0)
+
+    stats = service.handle_request(session, m.GetStats(2), 14.0)
+
+    assert stats == m.Stats(2, 4.0, 2, 1, 0)
+
+
+def test_a_prefetch_is_a_hint_and_gets_no_answer() -> None:
+    service = new_service()
+    session = connect(service)
+
+    reply = service.handle_request(session, m.Prefetch(1, KEYS, 50), 0.0)
+
+    assert reply is None
+
+
+def test_a_lease_needs_an_attached_store() -> None:
+    service = new_service()
+    session = connect(service)
+
+    reply = service.handle_request(session, m.Acquire(7, KEYS), 0.0)
+
+    assert isinstance(reply, m.RequestRefusal)
+    assert (reply.request_id, reply.reason.code) == (7, Code.NOT_ATTACHED)
+
+
+def test_a_resident_store_leases_nothing() -> None:
+    service = new_service()
+    session = connect(service)
+    put_store(service)
+    attach(service, session)
+
+    reply = service.handle_request(session, m.Release(8, KEYS), 0.0)
+
+    assert isinstance(reply, m.RequestRefusal)
+    assert (reply.request_id, reply.reason.code) == (8, Code.STORE_IS_RESIDENT)
+    service.close()
+
+
+def test_stray_frames_are_counted() -> None:
+    service = new_service()
+
+    service.note_stray_frame()
+
+    assert service.status(0.0).n_bad_messages == 1
