@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from threading import Event
 
@@ -140,11 +141,12 @@ def _spawn(directory: RuntimeDir, arguments: list[str]) -> bool:
         os.close(writer)
         os.close(log)
     with os.fdopen(reader, "rb", buffering=0) as pipe:
-        if not select.select([pipe], [], [], READY_WITHIN_S)[0]:
-            process.kill()
+        try:
+            word = _word_from(pipe, directory)
+        except BaseException:  # the user's Ctrl-C too: what is not ready yet must not be left behind
+            process.terminate()
             process.wait()
-            raise StartFailed(f"expertd was not ready within {READY_WITHIN_S:.0f} s; its log is {directory.log}")
-        word = pipe.read(1)
+            raise
     if not word:
         process.wait()
         raise StartFailed(f"expertd ended at once: {_last_line(directory.log, log_start)}")
@@ -153,6 +155,12 @@ def _spawn(directory: RuntimeDir, arguments: list[str]) -> bool:
         return False
     process.returncode = 0  # it is nobody's child from here on: nothing waits for it, nothing warns
     return True
+
+
+def _word_from(pipe: FileIO, directory: RuntimeDir) -> bytes:
+    if not select.select([pipe], [], [], READY_WITHIN_S)[0]:
+        raise StartFailed(f"expertd was not ready within {READY_WITHIN_S:.0f} s; its log is {directory.log}")
+    return pipe.read(1)
 
 
 def _last_line(log: Path, start: int) -> str:

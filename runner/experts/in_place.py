@@ -28,18 +28,22 @@ class InPlaceExperts:
         """Return the weighted sum of the chosen experts' outputs, fp32 [T, hidden]; raise CorruptExpert."""
         n_tokens, top_k = expert_ids.shape
         contributions = hidden_states.new_empty(n_tokens, top_k, hidden_states.shape[1])
-        chosen = sorted(set(expert_ids.flatten().tolist()))
-        experts = [self._expert(layer, expert) for expert in chosen]
+        # For each expert used, where: the tokens and their places among the gate's choices.
+        if n_tokens == 1:
+            uses = [(expert, 0, place) for place, expert in enumerate(expert_ids[0].tolist())]
+        else:
+            chosen = sorted(set(expert_ids.flatten().tolist()))
+            uses = [(expert, *(expert_ids == expert).nonzero(as_tuple=True)) for expert in chosen]
+        experts = [self._expert(layer, expert) for expert, _, _ in uses]
 
         def work(first: int, n: int) -> None:
-            for expert_id, expert in zip(chosen[first : first + n], experts[first : first + n], strict=True):
-                tokens, places = (expert_ids == expert_id).nonzero(as_tuple=True)
-                contributions[tokens, places] = expert(hidden_states[tokens])
+            for expert, (_, tokens, places) in zip(experts[first : first + n], uses[first : first + n], strict=True):
+                contributions[tokens, places] = expert(hidden_states[tokens].view(-1, hidden_states.shape[1]))
 
-        if len(chosen) < self._workspace.n_threads:
-            work(0, len(chosen))  # each expert is shared among all threads
+        if len(uses) < self._workspace.n_threads:
+            work(0, len(uses))  # each expert is shared among all threads
         else:
-            self._workspace.split(len(chosen), self._expert_nelements, work)  # each thread takes whole experts
+            self._workspace.split(len(uses), self._expert_nelements, work)  # each thread takes whole experts
         return sum_in_order(contributions, weights)
 
     def prefetch(self, layer: int, expert_ids: Tensor) -> None:

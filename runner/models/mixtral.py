@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from runner.experts.source import ExpertSource
 from runner.kv_cache import KVCache
@@ -155,7 +155,9 @@ def _attend_many(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | N
 
 def _rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return hidden_states [T, H] over their root mean square, times the weight [H] (Zhang and Sennrich, 2019)."""
-    return rms_norm(hidden_states, weight.shape, weight, eps)
+    # torch's own rms_norm takes three times as long on a CPU.
+    mean_square = hidden_states.square().mean(-1, keepdim=True)
+    return hidden_states * (mean_square + eps).rsqrt_() * weight
 
 
 def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
