@@ -1,15 +1,16 @@
 """The manifest of a store: what it holds, where each record lies, and the checksum of every byte.
 
-`manifest.json` is compact JSON with sorted keys; its `digest` is the sha256 of the same document without that key. As
-it lists the xxh3-128 of every record and the sha256 of every other file, the digest stands for the whole content.
+`manifest.json` is compact JSON whose first key is `digest`, the sha256 of the same bytes without that key. As it lists
+the xxh3-128 of every record and the sha256 of every other file, the digest stands for the whole content.
 Reading bounds everything before it is used: a manifest comes from a directory anybody may have made.
 """
 
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from protocol.errors import LayoutError, ManifestError, UnknownLayout, UnknownScheme
@@ -22,6 +23,7 @@ MANIFEST_FILE = "manifest.json"
 DENSE_FILE = "dense.safetensors"
 MANIFEST_NBYTES_MAX = 16 << 20
 
+_HEAD = b'{"digest":"?",'
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}\Z")
 _HEX32 = re.compile(r"[0-9a-f]{32}\Z")
 _HEX64 = re.compile(r"[0-9a-f]{64}\Z")
@@ -90,6 +92,7 @@ class Manifest:
     experts: dict[ExpertKey, Record]
     dense: dict[str, Record]
     files: tuple[SideFile, ...]
+    read_digest: str | None = field(default=None, init=False, compare=False)  # of the bytes it was read from
 
     @property
     def experts_nbytes(self) -> int:
@@ -104,31 +107,40 @@ class Manifest:
     @property
     def digest(self) -> str:
         """The sha256 that names this content, in hex."""
-        return hashlib.sha256(_canonical(_document(self))).hexdigest()
+        return self.read_digest or hashlib.sha256(_canonical(_document(self))).hexdigest()
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of manifest.json."""
-    document = _document(manifest)
-    return _canonical(document | {"digest": manifest.digest})
+    body = _canonical(_document(manifest))
+    return _HEAD.replace(b"?", hashlib.sha256(body).hexdigest().encode()) + body[1:]
+
+
+def manifest_digest(data: bytes) -> str:
+    """Return the digest of a manifest's bytes without parsing them; raise ManifestError if it is not theirs."""
+    if len(data) > MANIFEST_NBYTES_MAX:
+        raise ManifestError(f"{MANIFEST_FILE}: more than the {MANIFEST_NBYTES_MAX} bytes that are allowed")
+    start, end = _HEAD.split(b"?")
+    digest, rest = data[len(start) : len(start) + 64], data[len(start) + 64 :]
+    if not data.startswith(start) or not rest.startswith(end):
+        raise ManifestError(f"{MANIFEST_FILE}: it does not begin with a digest; this is no store's manifest")
+    if hashlib.sha256(b"{" + rest[len(end) :]).hexdigest().encode() != digest:
+        raise ManifestError(f"{MANIFEST_FILE}: its digest does not match its content; the file was changed or cut")
+    return digest.decode()
 
 
 def load_manifest(data: bytes) -> Manifest:
     """Return the manifest in those bytes; raise ManifestError unless it is whole, bounded and of this format."""
-    if len(data) > MANIFEST_NBYTES_MAX:
-        raise ManifestError(f"{MANIFEST_FILE}: {len(data)} bytes, at most {MANIFEST_NBYTES_MAX} are allowed")
+    digest = manifest_digest(data)
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{MANIFEST_FILE}: not JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise ManifestError(f"{MANIFEST_FILE}: an object was expected, {type(document).__name__} came")
     _check_format_version(document)
-    digest = document.pop("digest", None)
-    expected = hashlib.sha256(_canonical(document)).hexdigest()
-    if digest != expected:
-        raise ManifestError(f"{MANIFEST_FILE}: its digest does not match its content; the file was changed or cut")
-    return _read_manifest(document)
+    manifest = _read_manifest(document)
+    # Set behind the constructor's back, so that a changed copy does not inherit it.
+    object.__setattr__(manifest, "read_digest", digest)
+    return manifest
 
 
 def _document(manifest: Manifest) -> dict[str, object]:
@@ -148,7 +160,7 @@ def _canonical(document: object) -> bytes:
 
 
 def _plain(record: object) -> dict[str, object]:
-    return {field.name: getattr(record, field.name) for field in fields(record)}  # type: ignore[arg-type]
+    return {item.name: getattr(record, item.name) for item in fields(record)}  # type: ignore[arg-type]
 
 
 def _plain_record(record: Record) -> list[object]:
@@ -211,18 +223,16 @@ def _read_dense(item: object) -> tuple[str, Record]:
 
 
 def _read_record(name: str, values: list[object]) -> Record:
-    layout_id, parts, file, offset, nbytes, checksum = values
-    if not isinstance(parts, list) or not 0 < len(parts) <= _PARTS_MAX:
-        raise ManifestError(f"{name}: 1 to {_PARTS_MAX} parts are expected")
+    layout_id, plain_parts, file, offset, nbytes, checksum = values
+    parts, expected = _read_parts(name, _text(layout_id, f"{name}: layout_id"), plain_parts)
     record = Record(
-        layout_id=_text(layout_id, f"{name}: layout_id"),
-        parts=tuple(_read_part(name, part) for part in parts),
+        layout_id=str(layout_id),
+        parts=parts,
         file=_matching(file, f"{name}: file", _FILE_NAME),
         offset=_count(offset, f"{name}: offset", 1 << 62),
         nbytes=_count(nbytes, f"{name}: nbytes", 1 << 40),
         xxh3_128=_matching(checksum, f"{name}: xxh3_128", _HEX32),
     )
-    expected = _guarded(name, lambda: record_nbytes(record.layout_id, record.parts))
     if record.nbytes != expected:
         raise ManifestError(f"{name}: {record.nbytes} bytes, its parts need {expected}")
     if record.offset % PAGE_NBYTES:
@@ -230,16 +240,31 @@ def _read_record(name: str, values: list[object]) -> Record:
     return record
 
 
-def _read_part(name: str, item: object) -> Part:
-    if not isinstance(item, list) or len(item) != 4:
-        raise ManifestError(f"{name}: a part is no list of 4")
-    part_name = _text(item[0], f"{name}: part name")
-    return Part(
-        part_name,
-        _count(item[1], f"{name}: rows of {part_name}", 1 << 40),
-        _count(item[2], f"{name}: cols of {part_name}", 1 << 40),
-        _text(item[3], f"{name}: scheme of {part_name}"),
-    )
+def _read_parts(name: str, layout_id: str, plain_parts: object) -> tuple[tuple[Part, ...], int]:
+    """Return the parts of a record and the length they need."""
+    if not isinstance(plain_parts, list) or not 0 < len(plain_parts) <= _PARTS_MAX:
+        raise ManifestError(f"{name}: 1 to {_PARTS_MAX} parts are expected")
+    try:
+        return _checked_parts(layout_id, tuple(map(tuple, plain_parts)))
+    except TypeError:
+        raise ManifestError(f"{name}: a part is no list of name, rows, cols and scheme") from None
+    except (ManifestError, LayoutError, UnknownLayout, UnknownScheme) as error:
+        raise ManifestError(f"{name}: {error}") from None
+
+
+# A model's experts are alike: their parts are checked once.
+@functools.lru_cache(maxsize=1024)
+def _checked_parts(layout_id: str, plain_parts: tuple[tuple[object, ...], ...]) -> tuple[tuple[Part, ...], int]:
+    parts = tuple(_read_part(item) for item in plain_parts)
+    return parts, record_nbytes(layout_id, parts)
+
+
+def _read_part(item: tuple[object, ...]) -> Part:
+    if len(item) != 4:
+        raise ManifestError("a part is no list of name, rows, cols and scheme")
+    name = _text(item[0], "part name")
+    rows, cols = _count(item[1], f"rows of {name}"), _count(item[2], f"cols of {name}")
+    return Part(name, rows, cols, _text(item[3], f"scheme of {name}"))
 
 
 def _read_side_file(item: object) -> SideFile:

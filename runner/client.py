@@ -18,7 +18,7 @@ from protocol.control_client import ControlClient
 from protocol.errors import DaemonUnavailable, ManifestError, ProtocolError, RequestRefused
 from protocol.fdpass import close_all
 from protocol.handles import ExpertKey
-from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, load_manifest
+from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, manifest_digest
 from protocol.messages import Code
 from protocol.segment import map_segment, segment_nbytes
 from runner.config import RunnerConfig, my_runtime_dir
@@ -150,7 +150,7 @@ def _start_daemon(path: Path) -> None:
 def _digest_of(path: Path) -> str:
     data = _read_bounded(path / MANIFEST_FILE, MANIFEST_NBYTES_MAX)
     try:
-        return load_manifest(data).digest
+        return manifest_digest(data)
     except ManifestError as error:
         raise StoreInvalid(f"{path}: {error}") from None
 

@@ -5,6 +5,7 @@ import json
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -54,6 +55,17 @@ def write_random_store(
     )
     (folder / MANIFEST_FILE).write_bytes(dump_manifest(manifest))
     return manifest
+
+
+def signed_manifest(document: dict[str, Any]) -> bytes:
+    """Return the bytes of a manifest with the digest of its content: damage that a digest does not show."""
+    unsigned = {key: value for key, value in document.items() if key != "digest"}
+    return signed_body(json.dumps(unsigned, sort_keys=True, separators=(",", ":")).encode())
+
+
+def signed_body(body: bytes) -> bytes:
+    """Return what begins with a brace, with its digest as the first key."""
+    return b'{"digest":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:]
 
 
 def flip_byte(path: Path, offset: int) -> None:

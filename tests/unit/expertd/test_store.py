@@ -15,7 +15,7 @@ from expertd.store import StoreFiles, read_manifest
 from protocol.handles import ExpertKey
 from protocol.manifest import DENSE_FILE, MANIFEST_FILE, Manifest, Record, dump_manifest
 from tests.support.leaks import holdings
-from tests.support.stores import EXPERTS_FILE, flip_byte, write_random_store
+from tests.support.stores import EXPERTS_FILE, flip_byte, signed_body, signed_manifest, write_random_store
 
 KEY = ExpertKey(1, 2)
 
@@ -38,14 +38,9 @@ def rewrite(store: Path, change: Callable[[Manifest], Manifest]) -> None:
 
 def rewrite_json(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest's document and give it the digest that belongs to it."""
-    import hashlib
-
     document = json.loads((store / MANIFEST_FILE).read_bytes())
-    del document["digest"]
     change(document)
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-    document["digest"] = hashlib.sha256(canonical).hexdigest()
-    (store / MANIFEST_FILE).write_text(json.dumps(document))
+    (store / MANIFEST_FILE).write_bytes(signed_manifest(document))
 
 
 def with_expert(manifest: Manifest, **changes: object) -> Manifest:
@@ -136,7 +131,7 @@ def test_a_cut_manifest_is_refused(store: Path) -> None:
 
     line = refusal_of(store)
 
-    assert line.startswith(f"{MANIFEST_FILE}: not JSON")
+    assert line.startswith(f"{MANIFEST_FILE}: its digest does not match")
 
 
 def test_a_changed_manifest_is_refused_by_its_digest(store: Path) -> None:
@@ -162,11 +157,11 @@ def test_an_endless_manifest_is_refused_by_its_length(store: Path) -> None:
 
     line = refusal_of(store)
 
-    assert "at most" in line
+    assert "that are allowed" in line
 
 
 def test_a_deep_manifest_is_refused(store: Path) -> None:
-    (store / MANIFEST_FILE).write_bytes(b"[" * 1_000_000)
+    (store / MANIFEST_FILE).write_bytes(signed_body(b'{"experts":' + b"[" * 1_000_000))
 
     line = refusal_of(store)
 

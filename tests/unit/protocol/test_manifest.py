@@ -1,4 +1,3 @@
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +6,8 @@ from typing import Any
 import pytest
 
 from protocol.errors import ManifestError
-from protocol.manifest import MANIFEST_FILE, dump_manifest, load_manifest
-from tests.support.stores import write_random_store
+from protocol.manifest import MANIFEST_FILE, dump_manifest, load_manifest, manifest_digest
+from tests.support.stores import signed_manifest, write_random_store
 
 Document = dict[str, Any]
 
@@ -18,13 +17,6 @@ def document(tmp_path: Path) -> Document:
     write_random_store(tmp_path / "store")
     loaded: Document = json.loads((tmp_path / "store" / MANIFEST_FILE).read_text())
     return loaded
-
-
-def signed(document: Document) -> bytes:
-    """Return the document with the digest of its content: damage that a digest does not show."""
-    document.pop("digest", None)
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return json.dumps(document | {"digest": hashlib.sha256(text.encode()).hexdigest()}).encode()
 
 
 def test_a_manifest_comes_out_as_it_went_in(tmp_path: Path) -> None:
@@ -44,17 +36,34 @@ def test_the_digest_stands_for_every_record(tmp_path: Path) -> None:
 
 
 def test_changed_content_with_the_old_digest_is_refused(document: Document) -> None:
-    document["model"]["top_k"] = 3
+    data = signed_manifest(document).replace(b'"top_k":2', b'"top_k":3')
 
     with pytest.raises(ManifestError, match="digest does not match"):
-        load_manifest(json.dumps(document).encode())
+        load_manifest(data)
+
+
+@pytest.mark.parametrize("length", [0, 1, 50, 80, 500, -1])
+def test_a_cut_manifest_is_refused(document: Document, length: int) -> None:
+    data = signed_manifest(document)
+
+    with pytest.raises(ManifestError):
+        load_manifest(data[:length])
+
+
+def test_a_digest_is_read_without_parsing_and_is_that_of_the_manifest(tmp_path: Path) -> None:
+    manifest = write_random_store(tmp_path / "store")
+
+    data = dump_manifest(manifest)
+
+    assert manifest_digest(data) == manifest.digest == load_manifest(data).digest
+    assert json.loads(data)["digest"] == manifest.digest
 
 
 def test_another_format_version_is_refused_with_the_remedy(document: Document) -> None:
     document["format_version"] = 2
 
     with pytest.raises(ManifestError, match=r"format version 2, this expertd reads version 1; quantize .* again"):
-        load_manifest(signed(document))
+        load_manifest(signed_manifest(document))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'"text"'])
@@ -93,4 +102,4 @@ def test_a_hostile_manifest_is_refused_by_name(name: str, document: Document) ->
     damage(document)
 
     with pytest.raises(ManifestError, match=message):
-        load_manifest(signed(document))
+        load_manifest(signed_manifest(document))
