@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic
 
+from quant.kernels import has_c_library
 from runner.config import RunnerConfig
 from runner.engine import Engine
 from runner.errors import ContextFull
@@ -53,6 +54,7 @@ class Report:
     prefill_s: float | None
     prefill_tokens_per_s: float | None
     decode_tokens_per_s: float | None
+    has_c_kernels: bool
     memory: Memory
 
 
@@ -115,6 +117,7 @@ class Generation:
             prefill_s=self._prefill_s,
             prefill_tokens_per_s=len(self._prompt_ids) / self._prefill_s if self._prefill_s else None,
             decode_tokens_per_s=n_decoded / self._decode_s if n_decoded > 0 and self._decode_s else None,
+            has_c_kernels=has_c_library(),
             memory=read_memory(),
         )
 

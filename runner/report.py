@@ -23,6 +23,11 @@ def report_lines(report: Report) -> list[str]:
         )
     if report.seed is not None:
         lines.append(f"seed {report.seed}")
+    if not report.has_c_kernels:
+        lines.append(
+            "no C kernels: expertd was installed without a C compiler, so this took several times longer than it "
+            "would; install one, and expertd again"
+        )
     return lines
 
 

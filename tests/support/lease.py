@@ -10,10 +10,11 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
-from tests.support.waiting import WITHIN_S
+from tests.support.waiting import wait_until
 
 
 class HeldFile:
@@ -21,11 +22,15 @@ class HeldFile:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._has_opener = False
+
+    def note_opener(self, _number: int, _frame: FrameType | None) -> None:
+        """Take the kernel's signal. A handler, for a mask would hold for one thread only, and libraries have theirs."""
+        self._has_opener = True
 
     def wait_for_opener(self) -> None:
         """Return when somebody stands at the file and waits; raise TimeoutError."""
-        if signal.sigtimedwait({signal.SIGIO}, WITHIN_S) is None:
-            raise TimeoutError("nobody opened the held file")
+        wait_until(lambda: self._has_opener, "somebody to open the held file")
 
     def release(self) -> None:
         """Let the opener go on."""
@@ -35,16 +40,15 @@ class HeldFile:
 @contextmanager
 def held_file(path: Path) -> Iterator[HeldFile]:
     """Hold up everybody who opens that file; skip the test where the file system knows no leases."""
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGIO})
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    held = HeldFile(fd)
+    handler = signal.signal(signal.SIGIO, held.note_opener)
     try:
         try:
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         except OSError as error:
             pytest.skip(f"no leases on this file system ({error.strerror})")
-        yield HeldFile(fd)
+        yield held
     finally:
         os.close(fd)
-        while signal.sigtimedwait({signal.SIGIO}, 0) is not None:
-            pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        signal.signal(signal.SIGIO, handler)
