@@ -38,6 +38,14 @@ class StartedDaemon:
     was_started: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOutcome:
+    """A store that is in memory, and whether it was before it was asked for."""
+
+    status: StoreStatus
+    was_held: bool
+
+
 def start_in_background(directory: RuntimeDir, arguments: list[str]) -> StartedDaemon:
     """Return a session with this user's daemon, started with those arguments if none ran; raise StartFailed."""
     try:
@@ -59,7 +67,7 @@ def start_in_background(directory: RuntimeDir, arguments: list[str]) -> StartedD
             spawn_again_at = time.monotonic() + _SPAWN_AGAIN_S
 
 
-def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, int], None]) -> StoreStatus:
+def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, int], None]) -> LoadOutcome:
     """Have the daemon load the store in that directory and wait; raise StoreInvalid, LoadFailed or RequestRefused.
 
     `on_progress` is called with the bytes loaded and the bytes there are.
@@ -71,6 +79,7 @@ def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, in
     if problem:
         raise LoadFailed(f"{path}: {problem}")
     status = client.ask(m.Load(str(path.absolute()), digest), StoreStatus)
+    was_held = status.state is StoreState.READY
     while status.state is StoreState.LOADING:
         on_progress(status.loaded_nbytes, nbytes)
         Event().wait(_POLL_S)
@@ -80,7 +89,7 @@ def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, in
     if status.state is not StoreState.READY:
         raise LoadFailed(f"{path}: unloaded by somebody else meanwhile")
     on_progress(nbytes, nbytes)
-    return status
+    return LoadOutcome(status, was_held)
 
 
 def find_store(client: ControlClient, digest: str) -> StoreStatus:
@@ -94,8 +103,8 @@ def find_store(client: ControlClient, digest: str) -> StoreStatus:
 def resolve_store(client: ControlClient, word: str) -> StoreStatus:
     """Return the held store that a path or the beginning of a digest means; raise ExpertdError."""
     stores = client.ask(m.GetStatus(), m.Status).stores
-    path = str(Path(word).absolute())
-    found = [s for s in stores if s.path == path or (len(word) >= 4 and s.digest.startswith(word))]
+    path = os.path.realpath(word)
+    found = [s for s in stores if os.path.realpath(s.path) == path or (len(word) >= 4 and s.digest.startswith(word))]
     if len(found) != 1:
         held = ", ".join(f"{s.path} ({s.digest[:12]})" for s in stores) or "none"
         raise ExpertdError(f"{word}: the path or digest of one held store was expected; held: {held}")
@@ -126,7 +135,8 @@ def _spawn(directory: RuntimeDir, arguments: list[str]) -> bool:
         raise StartFailed(f"{directory.log}: cannot be opened ({error.strerror})") from None
     reader, writer = os.pipe2(os.O_CLOEXEC)
     log_start = os.fstat(log).st_size
-    command = [sys.executable, "-m", "expertd", "start", "--foreground", "--ready-fd", str(writer), *arguments]
+    # With -P: nothing of the folder that the user happens to stand in is imported.
+    command = [sys.executable, "-P", "-m", "expertd", "start", "--foreground", "--ready-fd", str(writer), *arguments]
     try:
         process = subprocess.Popen(
             command,

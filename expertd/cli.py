@@ -1,22 +1,25 @@
 """The `expertd` command: arguments, and what a user reads. Everything else is elsewhere and imported when needed."""
 
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from expertd.errors import ExpertdError
+from expertd.errors import ExpertdError, StoreInvalid
 from expertd.progress import progress_bar
 from protocol.errors import DaemonUnavailable, ProtocolError
 from protocol.version import LIBRARY_VERSION
 
 if TYPE_CHECKING:
+    from expertd.admin import LoadOutcome
     from protocol.control_client import ControlClient
-    from protocol.messages import StoreStatus
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
 
@@ -32,13 +35,17 @@ def cli() -> None:
 @STORE
 @click.option("--config", type=click.Path(path_type=Path), required=True, help="Which scheme for what: configs/*.toml.")
 @click.option("--force", is_flag=True, help="Replace an existing store.")
-@click.option("--jobs", type=click.IntRange(1, 256), default=None, help="Worker threads [default: all processors].")
+@click.option("--jobs", type=click.IntRange(1, 256), default=None, help="Worker processes [default: one a processor].")
 def quantize(checkpoint: Path, store: Path, config: Path, force: bool, jobs: int | None) -> None:
     """Make STORE from the Hugging Face Mixtral checkpoint in the folder CHECKPOINT."""
     from expertd.convert.config import load_config
     from expertd.convert.errors import ConvertError
     from expertd.convert.quantize import quantize_checkpoint
+    from expertd.store import path_problem
 
+    problem = path_problem(str(store.absolute()))
+    if problem:
+        raise ExpertdError(f"{store}: {problem}, and no daemon could hold it")
     n_jobs = jobs or len(os.sched_getaffinity(0))
     try:
         with progress_bar("quantizing") as on_progress:
@@ -61,13 +68,15 @@ def quantize(checkpoint: Path, store: Path, config: Path, force: bool, jobs: int
 @click.option("--foreground", is_flag=True, help="Stay in this terminal; log to standard error.")
 @click.option("--config", type=click.Path(path_type=Path), default=None, help="Settings [default: the user's own].")
 @click.option(
-    "--idle-timeout", type=click.FloatRange(0), default=None, help="End after so many seconds unused; 0: never."
+    "--idle-timeout", type=click.FloatRange(0, 1e9), default=None, help="End after so many seconds unused; 0: never."
 )
 @click.option("--ready-fd", type=int, default=None, hidden=True)
 def start(
     stores: tuple[Path, ...], foreground: bool, config: Path | None, idle_timeout: float | None, ready_fd: int | None
 ) -> None:
     """Start the daemon if none runs, and load STORES into it."""
+    if idle_timeout is not None and not math.isfinite(idle_timeout):
+        raise click.UsageError(f"--idle-timeout: a number of seconds was expected, {idle_timeout} came")
     if foreground:
         _start_in_foreground(stores, config, idle_timeout, ready_fd)
         return
@@ -79,7 +88,8 @@ def start(
     arguments = ["--config", str(config.absolute())] if config else []
     arguments += ["--idle-timeout", str(idle_timeout)] if idle_timeout is not None else []
     for store in stores:
-        read_manifest(store)
+        with _naming(store):
+            read_manifest(store)
     started = start_in_background(my_runtime_dir(), arguments)
     with started.client as client:
         word = "started" if started.was_started else "already running"
@@ -150,7 +160,7 @@ def verify(store: Path) -> None:
     """Check every byte of STORE against its checksums; exit code 1 if one is wrong."""
     from expertd.verify import verify_store
 
-    with progress_bar("verifying") as on_progress:
+    with _naming(store), progress_bar("verifying") as on_progress:
         report = verify_store(store, on_progress)
     for name in report.wrong:
         click.echo(f"{name}: its checksum is wrong", err=True)
@@ -167,17 +177,41 @@ def inspect(store: Path, as_json: bool) -> None:
     from expertd.show import inspect_json, inspect_text
     from expertd.store import read_manifest
 
-    manifest = read_manifest(store)
+    with _naming(store):
+        manifest = read_manifest(store)
     click.echo(json.dumps(inspect_json(manifest)) if as_json else inspect_text(store, manifest))
 
 
 def main() -> None:
-    """Run the command; one line and exit code 1 for every foreseen failure."""
+    """Run the command. One line for every foreseen failure, and the exit code: 1, 2 for usage, 130 for Ctrl-C."""
     try:
-        cli(standalone_mode=True)
+        sys.exit(cli.main(standalone_mode=False))
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("expertd: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader has left. What Python would still flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ExpertdError, ProtocolError) as error:
         click.echo(f"expertd: {error}", err=True)
         sys.exit(1)
+    except OSError as error:
+        click.echo(f"expertd: {error.filename or 'output'}: {error.strerror}", err=True)
+        sys.exit(1)
+
+
+@contextmanager
+def _naming(store: Path) -> Iterator[None]:
+    """Make an error name the store it is about: several may stand on the command line."""
+    try:
+        yield
+    except StoreInvalid as error:
+        if str(error).startswith(str(store)):
+            raise
+        raise StoreInvalid(f"{store}: {error}") from None
 
 
 def _start_in_foreground(
@@ -191,7 +225,10 @@ def _start_in_foreground(
     config = load_config(config_path)
     if idle_timeout_s is not None:
         config = replace(config, idle_timeout_s=idle_timeout_s)
-    orders = [StoreOrder(store.absolute(), read_manifest(store).digest) for store in stores]
+    orders = []
+    for store in stores:
+        with _naming(store):
+            orders.append(StoreOrder(store.absolute(), read_manifest(store).digest))
     for order in orders:
         problem = path_problem(str(order.path))
         if problem:
@@ -212,14 +249,17 @@ def _connect() -> "ControlClient":
 def _load(client: "ControlClient", store: Path) -> None:
     from expertd.admin import load_store
 
-    with progress_bar("loading") as on_progress:
-        held = load_store(client, store, on_progress)
-    click.echo(f"expertd: {_loaded_line(store, held)}", err=True)
-    for key in held.corrupt:
+    with _naming(store), progress_bar("loading") as on_progress:
+        outcome = load_store(client, store, on_progress)
+    click.echo(f"expertd: {_loaded_line(store, outcome)}", err=True)
+    for key in outcome.status.corrupt:
         click.echo(f"expertd: {key} is corrupt and is not served; see `expertd verify {store}`", err=True)
 
 
-def _loaded_line(store: Path, held: "StoreStatus") -> str:
+def _loaded_line(store: Path, outcome: "LoadOutcome") -> str:
+    held = outcome.status
+    if outcome.was_held:
+        return f"{store} is in memory already: {held.nbytes / 1e9:.2f} GB; it stays until `expertd stop`"
     rate = held.nbytes / max(held.load_s, 1e-9) / 1e9
     return (
         f"{store} is in memory: {held.nbytes / 1e9:.2f} GB, loaded in {held.load_s:.2f} s ({rate:.2f} GB/s); "

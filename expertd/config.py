@@ -71,7 +71,7 @@ def _checked(path: Path, values: dict[str, object]) -> DaemonConfig:
 
 def _seconds(path: Path, values: dict[str, object], key: str) -> float:
     value = values.get(key, getattr(DaemonConfig(), key))
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e9:
         raise ConfigError(f"{path}: {key}: a number of seconds, at least 0, was expected, {value!r} came")
     return float(value)
 

@@ -210,7 +210,7 @@ class ControlLoop:
 
     def _stop_if_idle(self) -> None:
         if self._idle_timeout_s is not None and self._service.idle_s(self._clock()) >= self._idle_timeout_s:
-            logger.info("idle for %.0f s, ending", self._idle_timeout_s)
+            logger.info("idle for %g s, ending", self._idle_timeout_s)
             self._begin_stop()
 
     def _wait_s(self) -> float | None:

@@ -78,12 +78,11 @@ class Service:
     def close_session(self, session: Session, now: float) -> None:
         """Free all that a session held; closing it again does nothing."""
         self._sessions.close(session)
-        if session.store_digest is None:
+        store = session.store
+        if store is None:
             return
         self._busy_at = now
-        store = self._stores.find(session.store_digest)
-        is_orphan = store is not None and store.state is StoreState.ORPHANED
-        if store is not None and is_orphan and not self._sessions.attached_to(store.digest):
+        if store.state is StoreState.ORPHANED and not self._sessions.attached_to(store):
             self._stores.forget_orphan(store)
 
     def overdue_sessions(self, now: float) -> list[Session]:
@@ -93,7 +92,7 @@ class Service:
     def idle_s(self, now: float) -> float:
         """Return for how long no runner was attached and nothing was loading."""
         is_loading = any(store.state is StoreState.LOADING for store in self._stores.all())
-        if is_loading or any(session.store_digest for session in self._sessions):
+        if is_loading or any(session.store for session in self._sessions):
             self._busy_at = now
         return now - self._busy_at
 
@@ -207,16 +206,16 @@ class Service:
         return Outcome(m.Welcome(version, LIBRARY_VERSION, self._pid, token))
 
     def _attach(self, session: Session, digest: str) -> Outcome:
-        if session.store_digest is not None:
+        if session.store is not None:
             return Outcome(Refused(Code.ALREADY_ATTACHED, "a session attaches to one store"))
         store = self._stores.find(digest)
-        if store is None or store.state is StoreState.ORPHANED:
+        if store is None:
             return Outcome(Refused(Code.UNKNOWN_STORE, f"no store with digest {digest[:12]} is loaded"))
         if store.error is not None:
             return Outcome(store.error)
         if store.loaded is None:
             return Outcome(Refused(Code.STORE_LOADING, f"store {digest[:12]} is being loaded"))
-        session.store_digest = digest
+        session.store = store
         fds = tuple(store.loaded.fds)
         return Outcome(m.Attached(digest, len(fds)), fds=fds)
 
@@ -236,25 +235,22 @@ class Service:
 
     def _unload(self, digest: str) -> Outcome:
         store = self._stores.find(digest)
-        if store is None or store.state is StoreState.ORPHANED:
+        if store is None:
             return Outcome(Refused(Code.UNKNOWN_STORE, f"no store with digest {digest[:12]} is loaded"))
-        self._stores.unload(store, is_mapped=bool(self._sessions.attached_to(digest)))
+        self._stores.unload(store, is_mapped=bool(self._sessions.attached_to(store)))
         return Outcome(m.Unloaded(digest))
 
     def _store_status(self, store: HeldStore) -> m.StoreStatus:
-        return store.status(len(self._sessions.attached_to(store.digest)))
+        return store.status(len(self._sessions.attached_to(store)))
 
     def _why_no_lease(self, session: Session) -> Refused:
-        if session.store_digest is None:
+        if session.store is None:
             return Refused(Code.NOT_ATTACHED, "attach to a store first")
         return Refused(Code.STORE_IS_RESIDENT, "every expert is mapped already; no lease is needed")
 
     def _orphans_hint(self) -> str:
-        pids = []
-        for session in self._sessions:
-            store = self._stores.find(session.store_digest) if session.store_digest else None
-            if session.store_digest and (store is None or store.state is not StoreState.READY):
-                pids.append(str(session.peer.pid))
+        orphaned = [s for s in self._sessions if s.store is not None and s.store.state is StoreState.ORPHANED]
+        pids = [str(session.peer.pid) for session in orphaned]
         return f"; runners that still map an unloaded store: pid {', '.join(pids)}" if pids else ""
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from expertd.stores import HeldStore
 from protocol.fdpass import Credentials
 from protocol.messages import SessionStatus
 
@@ -16,14 +17,15 @@ class Session:
     opened_at: float
     token: bytes | None = None  # None until hello
     library_version: str = ""
-    store_digest: str | None = None
+    store: HeldStore | None = None
     n_bad_messages: int = 0
     n_requests: int = 0
     n_refused: int = 0
 
     def status(self, now: float) -> SessionStatus:
         """Return what `status` shows of this session."""
-        return SessionStatus(self.peer.pid, self.library_version, max(0.0, now - self.opened_at), self.store_digest)
+        digest = self.store.digest if self.store else None
+        return SessionStatus(self.peer.pid, self.library_version, max(0.0, now - self.opened_at), digest)
 
 
 @dataclass(slots=True)
@@ -64,9 +66,9 @@ class SessionTable:
         session = self._by_token.get(token)
         return session if session is not None and session.peer == peer else None
 
-    def attached_to(self, digest: str) -> list[Session]:
-        """Return the sessions that map the store of that digest."""
-        return [session for session in self._by_id.values() if session.store_digest == digest]
+    def attached_to(self, store: HeldStore) -> list[Session]:
+        """Return the sessions that map this copy of a store."""
+        return [session for session in self._by_id.values() if session.store is store]
 
     def overdue(self, now: float, hello_within_s: float) -> list[Session]:
         """Return the sessions that never said hello and had their time."""

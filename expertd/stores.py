@@ -44,23 +44,27 @@ class HeldStore:
 
 @dataclass(slots=True)
 class StoreTable:
-    """All stores by digest. An orphan is unloaded but still mapped by a runner, so its memory is not free yet."""
+    """The stores that are held, by digest, and the orphans.
+
+    An orphan is unloaded but still mapped by a runner, so its memory is not free yet. Its digest may be held again.
+    """
 
     _by_digest: dict[str, HeldStore] = field(default_factory=dict)
+    _orphans: list[HeldStore] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self._by_digest)
+        return len(self._by_digest) + len(self._orphans)
 
     def all(self) -> list[HeldStore]:
-        """Return every store, orphans too."""
-        return list(self._by_digest.values())
+        """Return every store, orphans last."""
+        return [*self._by_digest.values(), *self._orphans]
 
     def find(self, digest: str) -> HeldStore | None:
-        """Return the store of that digest."""
+        """Return the store of that digest, if it is held."""
         return self._by_digest.get(digest)
 
     def begin(self, digest: str, path: Path) -> HeldStore:
-        """Return a store that is now loading; what failed or was orphaned under that digest is replaced."""
+        """Return a store that is now loading; one that failed under that digest is replaced."""
         store = HeldStore(digest, path)
         self._by_digest[digest] = store
         return store
@@ -79,24 +83,24 @@ class StoreTable:
         store.error = error
 
     def unload(self, store: HeldStore, *, is_mapped: bool) -> None:
-        """Let a store go; while a runner maps it, it stays in the table as an orphan."""
+        """Let a held store go; while a runner maps it, it is an orphan."""
+        del self._by_digest[store.digest]
         store.progress.cancelled = True
         if store.loaded:
             store.loaded.close()
-        if is_mapped and store.state is StoreState.READY:
+        if is_mapped:
             store.state = StoreState.ORPHANED
-        else:
-            del self._by_digest[store.digest]
+            self._orphans.append(store)
 
-    def forget_orphan(self, store: HeldStore) -> None:
+    def forget_orphan(self, orphan: HeldStore) -> None:
         """Drop an orphan that nobody maps any more."""
-        if self._by_digest.get(store.digest) is store:
-            del self._by_digest[store.digest]
+        self._orphans = [store for store in self._orphans if store is not orphan]
 
     def close(self) -> None:
         """Let everything go."""
-        for store in self._by_digest.values():
+        for store in self.all():
             store.progress.cancelled = True
             if store.loaded:
                 store.loaded.close()
         self._by_digest.clear()
+        self._orphans.clear()

@@ -140,8 +140,8 @@ def _attach_once(path: Path, digest: str, *, started_daemon: bool) -> AttachedSt
 
 def _start_daemon(path: Path) -> None:
     """Run `expertd start STORE`, which says on standard error what stays in memory and how to end it."""
-    # Nothing of this process but standard error is inherited; a session of its own keeps Ctrl-C from the daemon.
-    command = [sys.executable, "-m", "expertd", "start", str(path.absolute())]
+    # With -P: nothing of the folder that the user happens to stand in is imported.
+    command = [sys.executable, "-P", "-m", "expertd", "start", str(path.absolute())]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
     if result.returncode:
         raise StoreUnavailable(f"{path}: `expertd start` failed with exit code {result.returncode}, see above")

@@ -21,6 +21,7 @@ from protocol.layout import R8
 from protocol.manifest import Record
 
 # A worker finds the packages where we found them, however we were started.
+# With -P: nothing of the folder that the user happens to stand in is imported.
 _COMMAND = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -37,7 +38,7 @@ class _Worker:
     def __init__(self, job: Job, running: ExitStack) -> None:
         self.socket, theirs = socket.socketpair()
         running.enter_context(self.socket)
-        command = [sys.executable, "-c", _COMMAND, json.dumps(sys.path), dump_job(job)]
+        command = [sys.executable, "-P", "-c", _COMMAND, json.dumps(sys.path), dump_job(job)]
         with theirs:
             # Its own process group: Ctrl-C is the converter's to answer.
             self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), process_group=0)

@@ -36,7 +36,9 @@ def test_a_store_from_start_to_stop(background: RuntimeDir, store: Path, manifes
     again = run_expertd("start", store)
     status = run_expertd("status")
     as_json = run_expertd("status", "--json")
-    unload = run_expertd("unload", store)
+    link = store.parent / "link"
+    link.symlink_to(store)
+    unload = run_expertd("unload", link)
     load = run_expertd("load", store)
     unload_by_digest = run_expertd("unload", manifest.digest[:8])
     stop = run_expertd("stop")

@@ -1,9 +1,12 @@
 """Who gets a session, with which version and token, and how it ends."""
 
+from pathlib import Path
+
 import pytest
 
 from expertd.service import BAD_MESSAGES_MAX, HELLO_WITHIN_S
 from expertd.sessions import Session
+from expertd.stores import HeldStore
 from protocol import messages as m
 from protocol.codec import encode
 from protocol.fdpass import Credentials
@@ -168,7 +171,6 @@ def test_stop_is_answered_and_carried_out() -> None:
 
 def test_the_longest_status_fits_into_a_message() -> None:
     """Every session and store a client can make, each with the longest texts it can choose."""
-    from pathlib import Path
 
     from protocol.schema import STORES_MAX
 
@@ -181,7 +183,7 @@ def test_the_longest_status_fits_into_a_message() -> None:
         session = service.open_session(Credentials((1 << 31) - pid, UID), 0.0)
         assert isinstance(session, Session)
         service.handle(session, m.Hello(1, 1, "\U0001f600" * 64), 0.0)
-        session.store_digest = f"{0:064x}"
+        session.store = HeldStore(f"{0:064x}", Path("/store"))
 
     data = encode(service.status(1e9))
 

@@ -122,7 +122,7 @@ def test_attach_to_a_store_that_is_not_there_is_refused_by_its_state() -> None:
     assert unknown.code is Code.UNKNOWN_STORE
     assert loading.code is Code.STORE_LOADING
     assert broken == m.Refused(Code.STORE_INVALID, "cut")
-    assert session.store_digest is None
+    assert session.store is None
 
 
 def test_a_session_attaches_to_one_store() -> None:
@@ -279,4 +279,20 @@ def test_a_load_or_an_attached_runner_is_use_and_a_status_is_not() -> None:
     after = service.idle_s(130.0)
 
     assert (while_loading, while_attached, after) == (0.0, 0.0, 30.0)
+    service.close()
+
+
+def test_a_store_loaded_again_beside_its_orphan_is_another_copy() -> None:
+    service = new_service()
+    session = connect(service)
+    put_store(service)
+    attach(service, session)
+    service.handle(session, m.Unload(DIGEST), 1.0)
+
+    put_store(service)
+
+    states = [(store.state, store.n_sessions) for store in service.status(2.0).stores]
+    assert states == [(StoreState.READY, 0), (StoreState.ORPHANED, 1)]
+    service.close_session(session, 3.0)
+    assert [store.state for store in service.status(4.0).stores] == [StoreState.READY]
     service.close()

@@ -1,6 +1,9 @@
 """The table of sessions."""
 
+from pathlib import Path
+
 from expertd.sessions import SessionTable
+from expertd.stores import HeldStore
 from protocol.fdpass import Credentials
 
 PEER = Credentials(10, 1000)
@@ -42,10 +45,11 @@ def test_two_sessions_of_one_process_are_two() -> None:
 def test_only_who_attached_to_a_store_counts_for_it() -> None:
     table = SessionTable()
     one, other = table.open(PEER, 0.0), table.open(PEER, 0.0)
-    one.store_digest = "a"
-    other.store_digest = "b"
+    mapped, unloaded = HeldStore("a", Path("/store")), HeldStore("a", Path("/store"))
+    one.store = mapped
+    other.store = unloaded
 
-    attached = table.attached_to("a")
+    attached = table.attached_to(mapped)
 
     assert attached == [one]
 

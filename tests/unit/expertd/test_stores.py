@@ -65,10 +65,13 @@ def test_an_old_orphan_does_not_take_its_successor_along() -> None:
     table.finish(orphan, loaded_store())
     table.unload(orphan, is_mapped=True)
     successor = table.begin(DIGEST, Path("/store"))
+    both = table.all()
 
     table.forget_orphan(orphan)
 
+    assert both == [successor, orphan]
     assert table.find(DIGEST) is successor
+    assert table.all() == [successor]
 
 
 def test_a_status_names_so_many_corrupt_experts_and_counts_all() -> None:
