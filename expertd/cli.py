@@ -184,6 +184,7 @@ def inspect(store: Path, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command. One line for every foreseen failure, and the exit code: 1, 2 for usage, 130 for Ctrl-C."""
+    _fill_standard_descriptors()
     try:
         sys.exit(cli.main(standalone_mode=False))
     except click.UsageError as error:
@@ -201,6 +202,13 @@ def main() -> None:
     except OSError as error:
         click.echo(f"expertd: {error.filename or 'output'}: {error.strerror}", err=True)
         sys.exit(1)
+
+
+def _fill_standard_descriptors() -> None:
+    """Leave none of 0, 1 and 2 free: a file or socket opened later would be taken for a terminal."""
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        os.set_inheritable(fd, True)  # noqa: FBT003 - it takes no keyword
+    os.close(fd)
 
 
 @contextmanager
