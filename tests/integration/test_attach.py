@@ -21,8 +21,9 @@ from runner.client import AttachedStore, attach
 from runner.config import RunnerConfig
 from runner.errors import StoreInvalid, StoreUnavailable
 from tests.support.client_process import client_at
-from tests.support.daemon import DaemonProcess, background_pid, shmem_nbytes, stop_background_daemon
+from tests.support.daemon import DaemonProcess, background_pid, status_nbytes, stop_background_daemon
 from tests.support.foreign_memory import fails, process_vm_writev, segment_address
+from tests.support.segments import is_held, segments_of, segments_of_all
 from tests.support.stores import EXPERTS_FILE, write_random_store
 from tests.support.waiting import wait_until
 
@@ -220,38 +221,39 @@ def test_no_process_can_write_through_another_ones_mapping(
     assert loaded.is_alive()
 
 
-@pytest.mark.parametrize("n_clients", [2, 4])
-def test_shared_memory_grows_once_however_many_attach(daemon: DaemonProcess, tmp_path: Path, n_clients: int) -> None:
-    """A store of 48 MB: other processes' shared memory moves by far less."""
+@pytest.mark.parametrize("n_clients", [1, 2, 4])
+def test_a_store_is_in_memory_once_however_many_attach(daemon: DaemonProcess, tmp_path: Path, n_clients: int) -> None:
+    """A store of 39 MB: one set of segments for all, which every client maps whole, and no copy of its own."""
     written = write_random_store(tmp_path / "big", hidden=512, intermediate=1024, n_layers=4, n_experts=12)
     nbytes = written.experts_nbytes + written.dense_nbytes
-    before = shmem_nbytes()
     daemon.load(tmp_path / "big", written.digest)
 
     with ExitStack() as clients:
-        for _ in range(n_clients):
-            clients.enter_context(client_at("attached", tmp_path / "big"))
-        grown = shmem_nbytes() - before
+        pids = [clients.enter_context(client_at("attached", tmp_path / "big")).pid for _ in range(n_clients)]
+        shared_nbytes = sum(segments_of_all(daemon, *pids).values())
+        each_maps = {sum(segments_of(pid).values()) for pid in pids}
+        private_nbytes = [status_nbytes(pid, "RssAnon") for pid in pids]
 
-    assert nbytes > 40e6
-    assert nbytes * 0.9 < grown < nbytes * 1.5
+    assert nbytes > 39e6
+    assert nbytes <= shared_nbytes < nbytes * 1.1
+    assert all(nbytes <= mapped_nbytes <= shared_nbytes for mapped_nbytes in each_maps)
+    assert max(private_nbytes) < 0.7 * nbytes
 
 
 def test_the_memory_of_an_unloaded_store_is_free_when_its_last_client_ends(
     daemon: DaemonProcess, tmp_path: Path
 ) -> None:
     written = write_random_store(tmp_path / "big", hidden=512, intermediate=1024, n_layers=4, n_experts=12)
-    before = shmem_nbytes()
     daemon.load(tmp_path / "big", written.digest)
 
-    with client_at("attached", tmp_path / "big"):
-        with daemon.client() as client:
-            client.ask(m.Unload(written.digest), Unloaded)
-        while_mapped = shmem_nbytes() - before
+    with client_at("attached", tmp_path / "big") as client:
+        with daemon.client() as admin:
+            admin.ask(m.Unload(written.digest), Unloaded)
+        while_mapped = segments_of_all(daemon, client.pid)
 
-    assert while_mapped > 0.9 * written.experts_nbytes
-    wait_until(lambda: shmem_nbytes() - before < 0.1 * written.experts_nbytes, "the memory to be free")
+    assert sum(while_mapped.values()) >= written.experts_nbytes
     wait_until(lambda: daemon.status().stores == (), "the orphan to be forgotten")
+    wait_until(lambda: not is_held(daemon, while_mapped), "the memory to be free")
 
 
 def test_a_store_attached_twice_in_one_process_is_two_sessions(

@@ -34,8 +34,8 @@ from tests.support.daemon import (
     stop_background_daemon,
 )
 from tests.support.lease import held_file
-from tests.support.stores import EXPERTS_FILE, flip_byte
-from tests.support.waiting import wait_readable, wait_until
+from tests.support.stores import EXPERTS_FILE, flip_byte, write_random_store
+from tests.support.waiting import WITHIN_S, wait_readable, wait_until
 
 NO_AUTOSTART = RunnerConfig(autostart=False)
 N_AT_ONCE = 12
@@ -194,14 +194,26 @@ def test_an_unused_daemon_ends_after_the_idle_timeout(runtime: RuntimeDir) -> No
 
 
 def test_an_attached_runner_keeps_the_daemon_and_its_end_lets_it_go(runtime: RuntimeDir, store: Path) -> None:
-    with running_daemon(runtime, "--idle-timeout", "0.5", str(store)) as daemon:
+    """A second store is held up while it loads: until then the daemon is not idle, however long the attaching takes."""
+    other = store.with_name("other")
+    write_random_store(other, seed=1)
+    stores = (str(store), str(other))
+    with (
+        held_file(other / EXPERTS_FILE) as file,
+        launched_daemon(runtime, "--idle-timeout", "0.2", *stores) as (daemon, reader),
+    ):
+        file.wait_for_opener()
         with attach(store, NO_AUTOSTART):
-            wait_until(lambda: daemon.status().age_s > 1.5, "three idle timeouts")
+            file.release()
+            wait_readable(reader, "the second store")
+            age_s = daemon.status().age_s
+            wait_until(lambda: daemon.status().age_s > age_s + 1.0, "five idle timeouts")
             alive = daemon.is_alive()
-        code = daemon.process.wait(timeout=20)
+        code = daemon.process.wait(timeout=WITHIN_S)
 
     assert alive
     assert code == 0
+    assert "idle for" in daemon.log
 
 
 def test_an_empty_daemon_is_small(daemon: DaemonProcess) -> None:

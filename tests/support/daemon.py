@@ -62,14 +62,19 @@ class DaemonProcess:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
+    def fds(self) -> list[Path]:
+        """Return the descriptors the daemon holds; skip the test where they are hidden."""
+        try:
+            return list(Path(f"/proc/{self.pid}/fd").iterdir())
+        except PermissionError:
+            pytest.skip("only root sees the descriptors of a process that forbids inspection")
+
     def n_fds(self) -> int:
         """Return how many descriptors the daemon holds without the one this takes; skip where they are hidden."""
-        if os.geteuid() != 0:
-            pytest.skip("only root sees the descriptors of a process that forbids inspection")
         with self.client() as client:
             # Its answer comes after every connection that ended before has been dropped.
             client.ask(m.GetStatus(), Status)
-            return len(list(Path(f"/proc/{self.pid}/fd").iterdir())) - 1
+            return len(self.fds()) - 1
 
     def private_nbytes(self) -> int:
         """Return the memory that is this process's alone: not shared with a file or a segment."""
@@ -150,14 +155,6 @@ def background_pid(directory: RuntimeDir) -> int | None:
             return client.welcome.pid
     except ProtocolError:
         return None
-
-
-def shmem_nbytes() -> int:
-    """Return the shared memory of the whole machine."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("Shmem:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/meminfo has no Shmem")
 
 
 def status_nbytes(pid: int, field: str) -> int:
