@@ -7,6 +7,8 @@ ProtocolError
 ├── UnknownLayout       a record layout this version does not know
 ├── LayoutError         a matrix that does not fit its scheme
 ├── ManifestError       a manifest that is damaged, hostile or of another format version
+├── ModelConfigInvalid  a model's config.json that is damaged or contradicts itself
+├── ModelUnsupported    a model of a kind this version does not compute
 ├── SegmentError        shared memory that is not what was promised: seals, size, bounds
 ├── OutOfMemory         memory for a segment could not be had
 ├── RuntimeDirError     the directory of the sockets is not safely ours
@@ -41,6 +43,14 @@ class LayoutError(ProtocolError):
 
 class ManifestError(ProtocolError):
     """A manifest that is damaged, hostile or of another format version."""
+
+
+class ModelConfigInvalid(ProtocolError):
+    """A model's config.json that is damaged or contradicts itself."""
+
+
+class ModelUnsupported(ProtocolError):
+    """A model of a kind that this version does not compute."""
 
 
 class SegmentError(ProtocolError):

@@ -1,260 +1,89 @@
-"""The command `runner`. Owns the flags, what is printed where, and the exit status; computes nothing.
+"""The entry of the command `runner`: its standard streams, its interruptions and its exit status. Knows no command.
 
-stdout carries the text (or, with --json, one object), stderr all else. Exit status: 0, 1 for an error, 2 for a wrong
-command line, 130 for an interruption. A reader that closes stdout ends the command quietly. Nothing heavy is imported
-before the command line has been found right.
+Exit status: 0, 1 for an error, 2 for a wrong command line, 130 for an interruption. Errors are one line on stderr. A
+reader that closes stdout ends the command quietly. Imports next to nothing, so that an interruption during the
+imports is met here.
 """
 
-import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import click
-
-from protocol.version import LIBRARY_VERSION
-from quant.errors import QuantError
-from runner.config import DEVICES, RunnerConfig, load_config, with_options
-from runner.devices import choose_device
-from runner.errors import ConfigInvalid, PromptInvalid, RunnerError
-
-if TYPE_CHECKING:
-    from runner.engine import Engine
-    from runner.generate import Generation, Prompt, Startup
-    from runner.perplexity import Score
 
 EXIT_ERROR = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-# Beyond what any context holds; a prompt is read whole.
-_TEXT_NBYTES_MAX = 1 << 28
-
-_Command = TypeVar("_Command", bound=Callable[..., None])
+_STDOUT, _STDERR = 1, 2
 
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = _with_standard_streams(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = _fail("interrupted", EXIT_INTERRUPTED)
+    # All is said: an interruption while Python cleans up ends the process, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
 
 
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit status. Errors are one line on stderr."""
     try:
-        # Not cli.main(): that has its own ideas of a closed pipe and of an interruption.
-        with cli.make_context("runner", arguments) as context:
-            cli.invoke(context)
+        from runner.commands import execute
+
+        status, complaint = execute(arguments)
         sys.stdout.flush()
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except click.UsageError as error:
-        return _fail(error.format_message(), EXIT_USAGE)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader has left. What Python would still flush at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
-    except (RunnerError, QuantError) as error:
-        return _fail(str(error), EXIT_ERROR)
+    except OSError as error:
+        _drop_output()
+        return _fail(f"{error.filename or 'output'}: {error.strerror or error}", EXIT_ERROR)
     except MemoryError:
         return _fail("out of memory", EXIT_ERROR)
-    return 0
+    return status if complaint is None else _fail(complaint, status)
 
 
-@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(LIBRARY_VERSION, prog_name="runner")
-def cli() -> None:
-    """Execute a model whose experts expertd holds in shared memory."""
+def _with_standard_streams(arguments: list[str]) -> int:
+    """Run the command line with none of the descriptors 0, 1 and 2 left free for a file that is opened later."""
+    missing = [fd for fd in range(3) if not _is_open(fd)]
+    for fd in missing:
+        # The lowest free descriptor is taken: this one.
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003  # it takes no keyword
+        if fd == 0:
+            sys.stdin = open(fd)  # noqa: SIM115, PTH123  # lives as long as the process
+        elif fd == _STDERR:
+            sys.stderr = open(fd, "w")  # noqa: SIM115, PTH123
+    if _STDOUT in missing:
+        return _fail("stdout is closed", EXIT_ERROR)
+    # A terminal that cannot show a character gets its number.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    return run(arguments)
 
 
-def _engine_options(command: _Command) -> _Command:
-    """Add the options that every command has that computes; an option not given is the file's or the default."""
-    options = (
-        click.option("--store", "store_dir", type=click.Path(path_type=Path), required=True, help="The store."),
-        click.option("--device", type=click.Choice(DEVICES), help="Where to compute."),
-        click.option("--threads", type=int, help="How many threads compute; one per physical core if not set."),
-        click.option("--exact", is_flag=True, default=None, help="Keep keys and values in 32 bits."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-@cli.command()
-@_engine_options
-@click.option("--prompt", "text", help="The prompt; read from stdin if not given.")
-@click.option("--system", help="A system message before the prompt.")
-@click.option("--raw", "is_raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
-@click.option("--context", type=int, help="The most tokens that prompt and answer have together.")
-@click.option("--max-new-tokens", type=int, help="The most tokens of the answer.")
-@click.option("--temperature", type=float, help="0 takes the most probable token each time.")
-@click.option("--top-k", type=int, help="Draw from the k most probable tokens.")
-@click.option("--top-p", type=float, help="Draw from the most probable tokens of this probability together.")
-@click.option("--seed", type=int, help="Where the random numbers start.")
-def generate(
-    store_dir: Path,
-    as_json: bool,
-    text: str | None,
-    system: str | None,
-    is_raw: bool,
-    **flags: object,
-) -> None:
-    """Answer a prompt; the text comes as it is generated."""
-    settings = _settings(flags)
-    if is_raw and system is not None:
-        raise click.UsageError("--system has no place without the chat template; leave out --raw or --system")
-    if text is None:
-        text = _read_stdin()
-    if not text:
-        raise PromptInvalid("the prompt is empty")
-
-    from runner.generate import Prompt
-
-    with _opened(store_dir, settings) as (engine, startup):
-        _answer(engine, Prompt(text, system, is_raw), settings, startup, as_json=as_json)
-
-
-@cli.command()
-@_engine_options
-@click.option("--text", "text_file", type=click.Path(path_type=Path), required=True, help="A text file in UTF-8.")
-@click.option("--tokens", type=click.IntRange(min=2), help="Take this many tokens of the text; all if not given.")
-@click.option("--window", type=click.IntRange(2, 1 << 20), default=512, show_default=True, help="Tokens per window.")
-def perplexity(
-    store_dir: Path,
-    as_json: bool,
-    text_file: Path,
-    tokens: int | None,
-    window: int,
-    **flags: object,
-) -> None:
-    """Measure how well the model predicts a text, in windows that are scored each by itself."""
-    settings = _settings(flags | {"context": window})
-    text = _read_text(text_file)
-
-    from time import monotonic
-
-    from runner.perplexity import perplexity as perplexity_of
-    from runner.perplexity import score_windows
-
-    with _opened(store_dir, settings) as (engine, _):
-        token_ids = engine.tokenizer.encode(text, add_special_tokens=False)[:tokens]
-        started = monotonic()
-        scores = list(_shown_progress(score_windows(engine, token_ids, window), len(token_ids)))
-        elapsed_s = monotonic() - started
-    n_scored = sum(score.n_tokens for score in scores)
-    value, tokens_per_s = perplexity_of(scores), n_scored / elapsed_s
-    if as_json:
-        _print_json({"perplexity": value, "n_tokens_scored": n_scored, "window": window, "tokens_per_s": tokens_per_s})
-    else:
-        click.echo(f"perplexity {value:.4f} · {n_scored} tokens scored · {tokens_per_s:.1f} tok/s")
-
-
-@contextmanager
-def _opened(store_dir: Path, settings: RunnerConfig) -> Iterator[tuple["Engine", "Startup"]]:
-    """Import what computes and open the store; yield the engine and what that took."""
-    choose_device(settings.device)
-
-    from time import monotonic
-
-    from runner.engine import open_configured
-    from runner.generate import Startup
-    from runner.metrics import process_age_s
-
-    imports_s = process_age_s()
-    started = monotonic()
-    with open_configured(store_dir, settings) as engine:
-        attach_s = monotonic() - started - engine.dense_weights_s
-        yield engine, Startup(imports_s=imports_s, attach_s=attach_s, dense_weights_s=engine.dense_weights_s)
-
-
-def _answer(engine: "Engine", prompt: "Prompt", settings: RunnerConfig, startup: "Startup", *, as_json: bool) -> None:
-    """Generate and print; an interruption ends the answer where it is, and is passed on behind the report."""
-    from runner.generate import Generation
-
-    generation = Generation(engine, prompt, settings, startup)
-    pieces: list[str] = []
+def _is_open(fd: int) -> bool:
     try:
-        for piece in generation:
-            pieces.append(piece)
-            if not as_json:
-                click.echo(piece, nl=False)
-    except KeyboardInterrupt:
-        _print_report(generation, "".join(pieces), as_json=as_json)
-        raise
-    except RunnerError:
-        if pieces and not as_json:
-            click.echo()
-        raise
-    _print_report(generation, "".join(pieces), as_json=as_json)
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
 
 
-def _print_report(generation: "Generation", text: str, *, as_json: bool) -> None:
-    from runner.report import report_figures, report_lines
-
-    report = generation.report()
-    if as_json:
-        _print_json({"text": text, "tokens": generation.token_ids} | report_figures(report))
-        return
-    click.echo()
-    for line in report_lines(report):
-        click.echo(line, err=True)
-
-
-def _shown_progress(scores: Iterator["Score"], n_tokens: int) -> Iterator["Score"]:
-    """Pass the scores on, with a progress bar on stderr if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("scoring", total=n_tokens)
-        for score in scores:
-            progress.advance(task, score.n_tokens + 1)
-            yield score
-
-
-def _settings(flags: dict[str, object]) -> RunnerConfig:
-    """Return the options of the file with those of the command line before them."""
-    config = load_config()
-    try:
-        return with_options(config, {name: value for name, value in flags.items() if value is not None})
-    except ConfigInvalid as error:
-        raise click.UsageError("--" + str(error).replace("_", "-")) from None
-
-
-def _read_stdin() -> str:
-    if sys.stdin.isatty():
-        click.echo("the prompt, ended by Ctrl-D:", err=True)
-    return _decoded(sys.stdin.buffer.read(_TEXT_NBYTES_MAX + 1), "the prompt").removesuffix("\n")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return _decoded(file.read(_TEXT_NBYTES_MAX + 1), str(path))
-    except OSError as error:
-        raise PromptInvalid(f"{path}: {error.strerror}") from None
-
-
-def _decoded(data: bytes, name: str) -> str:
-    if len(data) > _TEXT_NBYTES_MAX:
-        raise PromptInvalid(f"{name}: more than {_TEXT_NBYTES_MAX} bytes")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise PromptInvalid(f"{name}: not UTF-8 (byte {error.start})") from None
-
-
-def _print_json(document: dict[str, object]) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False))
+def _drop_output() -> None:
+    """Let what Python would still flush at exit go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, status: int) -> int:
     # One line, whatever came: a message may quote what a file or a user wrote.
-    click.echo("runner: " + " ".join(message.split()), err=True)
+    line = "runner: " + " ".join(message.split()) + "\n"
+    if sys.stderr is not None:
+        try:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        except OSError:
+            # There is nobody left to tell; the status tells.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return status

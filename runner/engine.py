@@ -5,7 +5,9 @@ One engine is used from one thread. Whatever is attached is detached by close(),
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -132,12 +134,16 @@ class Engine:
         return Tokenizer(self.store.side_file)
 
     def new_sequence(self, context: int | None = None) -> Sequence:
-        """Return an empty sequence with room for `context` tokens, or for as many as the engine's options say."""
+        """Return an empty sequence with room for `context` tokens, or for as many as the engine's options say.
+
+        Raise ConfigInvalid for a context that cannot be, OutOfMemory for one that does not fit.
+        """
+        settings = self.settings if context is None else replace(self.settings, context=context)
         return Sequence(
             KVCache(
                 n_layers=self.config.n_layers,
                 n_kv_heads=self.config.n_kv_heads,
-                context=context or self.settings.context,
+                context=settings.context,
                 head_dim=self.config.head_dim,
                 dtype=torch.float32 if self.settings.exact else torch.float16,
             )
@@ -191,12 +197,9 @@ class Engine:
 
     def _prompted(self, token_ids: Iterable[int], *, fits: bool = False) -> Sequence:
         """Return a new sequence with those tokens pending, its kv_cache no longer than them if it `fits`."""
-        prompt = list(token_ids)
+        prompt = self._checked(token_ids)
         if not prompt:
             raise PromptInvalid("the prompt has no tokens")
-        for token_id in prompt:
-            if not 0 <= token_id < self.config.vocab_size:
-                raise PromptInvalid(f"token id {token_id} is outside the vocabulary of {self.config.vocab_size}")
         if len(prompt) > self.settings.context:
             raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.settings.context}; "
@@ -206,10 +209,23 @@ class Engine:
         sequence.append(prompt)
         return sequence
 
+    def _checked(self, token_ids: Iterable[int]) -> list[int]:
+        """Return those ids, also where numpy's or torch's whole numbers came; raise PromptInvalid for any others."""
+        try:
+            checked = [index(token_id) for token_id in token_ids]
+        except (TypeError, ValueError) as error:
+            raise PromptInvalid(f"the prompt is no sequence of whole token ids: {error}") from None
+        for token_id in checked:
+            if not 0 <= token_id < self.config.vocab_size:
+                raise PromptInvalid(f"token id {token_id} is outside the vocabulary of {self.config.vocab_size}")
+        return checked
+
     def _compute(self, sequences: list[Sequence], *, all_logits: bool) -> list[Tensor]:
         """Compute all pending tokens; return each sequence's logits: of its last token, or of all, [n, vocab]."""
         if not sequences or not all(sequence.pending for sequence in sequences):
             raise PromptInvalid("a step takes one or more sequences, each with pending tokens")
+        for sequence in sequences:
+            sequence.pending = self._checked(sequence.pending)
         computed: list[list[Tensor]] = [[] for _ in sequences]
         for takes in plan_rounds([len(sequence.pending) for sequence in sequences], self.settings.prefill_chunk):
             pieces = [

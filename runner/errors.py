@@ -7,6 +7,7 @@ RunnerError
 ├── CorruptExpert       an expert whose bytes do not match their checksum
 ├── StoreUnavailable    no daemon serves the store, and none could be started
 ├── StoreChanged        the store is no longer the one that was attached
+├── OutOfMemory         memory that cannot be had
 ├── ContextFull         the kv_cache holds no room for further tokens
 ├── PromptTooLong       the prompt alone does not fit into the context
 ├── PromptInvalid       a prompt or text that cannot be computed: empty, unreadable, unknown token ids
@@ -43,6 +44,10 @@ class StoreUnavailable(RunnerError):
 
 class StoreChanged(RunnerError):
     """The store is no longer the one that was attached."""
+
+
+class OutOfMemory(RunnerError):
+    """Memory that cannot be had."""
 
 
 class ContextFull(RunnerError):

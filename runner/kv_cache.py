@@ -3,22 +3,34 @@
 The system gives memory for the pages that are written, so a long context costs nothing before it is used.
 """
 
+import math
+import os
+
 import torch
 from torch import Tensor
 
-from runner.errors import ContextFull
+from runner.errors import ContextFull, OutOfMemory
 
 
 class KVCache:
     """Keys and values [n_layers, n_kv_heads, context, head_dim] of one sequence, `length` tokens of them computed.
 
     A step writes each layer behind `length` and advances once at its end: one that fails halfway leaves no trace.
+    Making one raises OutOfMemory if its memory cannot be had.
     """
 
     def __init__(self, *, n_layers: int, n_kv_heads: int, context: int, head_dim: int, dtype: torch.dtype) -> None:
         shape = (n_layers, n_kv_heads, context, head_dim)
-        self._keys = torch.empty(shape, dtype=dtype)
-        self._values = torch.empty(shape, dtype=dtype)
+        nbytes = 2 * math.prod(shape) * dtype.itemsize
+        # More than the machine has can be reserved, but never be filled.
+        installed_nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if nbytes > installed_nbytes:
+            raise _too_large(context, nbytes, f"this machine has {installed_nbytes}")
+        try:
+            self._keys = torch.empty(shape, dtype=dtype)
+            self._values = torch.empty(shape, dtype=dtype)
+        except RuntimeError:
+            raise _too_large(context, nbytes, "the system does not give them") from None
         self.context = context
         self.length = 0
 
@@ -43,3 +55,9 @@ class KVCache:
     def advance(self, n_tokens: int) -> None:
         """Count the tokens that every layer has written."""
         self.length += n_tokens
+
+
+def _too_large(context: int, nbytes: int, had: str) -> OutOfMemory:
+    return OutOfMemory(
+        f"a context of {context} tokens needs {nbytes} bytes for keys and values, {had}; a smaller --context may fit"
+    )

@@ -1,5 +1,6 @@
 """How a report looks: lines for people, an object for programs. Pure."""
 
+import math
 from dataclasses import asdict
 
 from runner.generate import Report
@@ -36,6 +37,16 @@ def report_figures(report: Report) -> dict[str, object]:
     figures: dict[str, object] = asdict(report)
     del figures["memory"]
     return figures | asdict(report.memory)
+
+
+def perplexity_figures(value: float, *, n_tokens_scored: int, window: int, tokens_per_s: float) -> dict[str, object]:
+    """Return a measured perplexity as one flat JSON object; JSON has no infinity, so that is null."""
+    return {
+        "perplexity": value if math.isfinite(value) else None,
+        "n_tokens_scored": n_tokens_scored,
+        "window": window,
+        "tokens_per_s": tokens_per_s,
+    }
 
 
 def _rate(tokens_per_s: float | None) -> str:

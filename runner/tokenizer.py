@@ -1,7 +1,9 @@
 """From text to token ids and back, and from a conversation to a prompt: the one door to tokenizers and jinja2.
 
-Everything here comes from the store, so from whoever made the checkpoint: the template runs in jinja2's sandbox, with
-its text, its output and its numbers bounded, and whatever it raises becomes a TemplateError.
+Everything here comes from the store, so from whoever made the checkpoint: the template runs in jinja2's sandbox, and
+whatever it raises becomes a TemplateError. Bounded are what it writes and what one number or one replacement in it can
+ask for. Not bounded are how long it runs and what it piles up step by step (with ~, set, join, or in a loop): a
+checkpoint that is made to can keep this process busy or use up its memory.
 """
 
 import json
@@ -24,6 +26,13 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 _TEMPLATE_LENGTH_MAX = 1 << 20
 _PROMPT_LENGTH_MAX = 1 << 24
+
+# What makes a text or a list as long as a number says. No model's template was seen to use them.
+_PADDING_METHODS = frozenset(
+    {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "to_bytes", "translate", "zfill"}
+)
+_PADDING_FILTERS = ("batch", "center", "format", "indent", "slice", "wordwrap")
+_JSON_INDENT_MAX = 16
 
 # What a template can raise beside jinja2's own errors: the sandbox runs Python's operators on the template's values.
 _TEMPLATE_FAULTS = (
@@ -109,15 +118,40 @@ class Tokenizer:
 
 
 class _BoundedSandbox(ImmutableSandboxedEnvironment):
-    """A sandbox in which numbers and texts cannot be multiplied into exhaustion."""
+    """A sandbox in which no number and no replacement makes one text or list longer than a prompt."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        self.filters |= {"tojson": _to_json, "replace": _replace} | dict.fromkeys(_PADDING_FILTERS, _refuse_padding)
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "lipsum": _refuse_padding}
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401  # jinja2's signature
-        """Return left * right of moderate operands; raise jinja2's SecurityError for others and for powers."""
-        if operator == "**" or _reach(left) * _reach(right) > _PROMPT_LENGTH_MAX:
-            raise SecurityError(f"operator {operator} on operands too large for a prompt")
+        """Return the result for moderate operands; raise jinja2's SecurityError for others, powers, text % values."""
+        if operator == "+" and not isinstance(left, int | float):
+            reach = _reach(left) + _reach(right)
+        else:
+            reach = _reach(left) * _reach(right) if operator == "*" else 0
+        is_refused = operator == "**" or (operator == "%" and isinstance(left, str | bytes))
+        if is_refused or reach > _PROMPT_LENGTH_MAX:
+            raise SecurityError(f"operator {operator} on operands that no prompt needs")
         return super().call_binop(context, operator, left, right)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # noqa: ANN401  # jinja2's signature
+        """Return whether a template may use that attribute: none that pads, formats or translates."""
+        is_padding = isinstance(obj, str | bytes | int) and attr in _PADDING_METHODS
+        return not is_padding and super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:  # noqa: ANN401  # jinja2's signature
+        """Return None: str.format is an attribute like others here, and refused."""
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # jinja2's signature
+        """Return what the function returns; str.replace is bounded."""
+        text = getattr(function, "__self__", None)
+        if isinstance(text, str) and function.__name__ == "replace":
+            return _replace(text, *args, **kwargs)
+        return super().call(context, function, *args, **kwargs)
 
 
 def _reach(operand: object) -> float:
@@ -127,12 +161,21 @@ def _reach(operand: object) -> float:
     return float(max(1, len(operand))) if isinstance(operand, str | bytes | list | tuple) else 1.0
 
 
+def _replace(text: object, old: str, new: str, count: int | None = None) -> str:
+    """Return the text with `new` for `old`, also as jinja2's filter of that name; raise SecurityError if too long."""
+    source = str(text)
+    if source.count(old) * len(new) > _PROMPT_LENGTH_MAX:
+        raise SecurityError(f"replace writes more than {_PROMPT_LENGTH_MAX} characters")
+    return source.replace(old, new, -1 if count is None else count)
+
+
+def _refuse_padding(*_: object, **__: object) -> str:
+    raise SecurityError("a filter or function that pads, fills or formats: no prompt needs it")
+
+
 def _render(source: str, values: dict[str, object]) -> str:
-    environment = _BoundedSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     try:
-        return "".join(_bounded(environment.from_string(source).generate(values)))
+        return "".join(_bounded(_BoundedSandbox().from_string(source).generate(values)))
     except _TEMPLATE_FAULTS as error:
         raise TemplateError(f"chat template: {_one_line(error)}") from None
 
@@ -155,6 +198,8 @@ def _now(form: str) -> str:
 
 
 def _to_json(value: object, indent: int | None = None) -> str:
+    if isinstance(indent, int) and indent > _JSON_INDENT_MAX:
+        raise SecurityError(f"tojson indents by at most {_JSON_INDENT_MAX}")
     # Not jinja2's own tojson, which escapes <, > and & for HTML: a prompt is no HTML.
     return json.dumps(value, ensure_ascii=False, indent=indent)
 

@@ -17,7 +17,6 @@ from expertd.convert.errors import CheckpointError, MalformedCheckpoint, WrongTe
 from expertd.convert.json_file import parse_object, read_bounded
 from expertd.convert.mixtral import (
     Matrix,
-    MixtralConfig,
     dense_records,
     expert_records,
     is_needless,
@@ -25,6 +24,7 @@ from expertd.convert.mixtral import (
 )
 from expertd.convert.safetensors_header import TensorSlot, read_header
 from expertd.convert.side_files import CONFIG_FILE, read_side_files
+from protocol.mixtral_config import GENERATION_CONFIG_FILE, MixtralConfig
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -90,7 +90,7 @@ def _open_checked(folder: Path) -> Checkpoint:
     if not (folder / CONFIG_FILE).exists():
         raise CheckpointError(f"{folder}: no {CONFIG_FILE}; the folder of a Hugging Face checkpoint is expected")
     side_files = read_side_files(folder)
-    config = read_config(side_files[CONFIG_FILE])
+    config = read_config(side_files[CONFIG_FILE], side_files.get(GENERATION_CONFIG_FILE))
     with ExitStack() as opened:
         tensors = _locate_tensors(folder, opened)
         _check_tensors(config, {name: located.slot for name, located in tensors.items()})

@@ -8,32 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from expertd.convert.errors import MalformedCheckpoint, NotAMixtral
-from expertd.convert.json_file import parse_object
+from protocol.errors import ModelConfigInvalid, ModelUnsupported
 from protocol.handles import ExpertKey
 from protocol.manifest import ModelFacts
+from protocol.mixtral_config import MixtralConfig, read_mixtral_config
 
 TensorClass = Literal["experts", "attention", "head", "other"]
-
-_CONFIG = "config.json"
-_SIZE_MAX = 1 << 24
-# The manifest's own bound on layers x experts.
-_EXPERTS_MAX = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class MixtralConfig:
-    """The sizes of one Mixtral."""
-
-    hidden_size: int
-    intermediate_size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    n_experts: int
-    top_k: int
-    vocab_size: int
-    is_tied: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +45,14 @@ class RecordSource:
     matrices: tuple[Matrix, ...]
 
 
-def read_config(data: bytes) -> MixtralConfig:
-    """Return the sizes in a config.json; raise NotAMixtral or MalformedCheckpoint naming the field."""
-    document = parse_object(data, _CONFIG)
-    _check_kind(document)
-    hidden_size = _size(document, "hidden_size")
-    n_heads = _size(document, "num_attention_heads")
-    config = MixtralConfig(
-        hidden_size=hidden_size,
-        intermediate_size=_size(document, "intermediate_size"),
-        n_layers=_size(document, "num_hidden_layers"),
-        n_heads=n_heads,
-        n_kv_heads=_size(document, "num_key_value_heads"),
-        head_dim=_head_dim(document, hidden_size, n_heads),
-        n_experts=_size(document, "num_local_experts"),
-        top_k=_size(document, "num_experts_per_tok"),
-        vocab_size=_size(document, "vocab_size"),
-        is_tied=_is_tied(document),
-    )
-    _check_sizes(config)
-    return config
+def read_config(config_file: bytes, generation_config_file: bytes | None = None) -> MixtralConfig:
+    """Return what those files say; raise NotAMixtral or MalformedCheckpoint for what the runner would refuse too."""
+    try:
+        return read_mixtral_config(config_file, generation_config_file)
+    except ModelUnsupported as error:
+        raise NotAMixtral(str(error)) from None
+    except ModelConfigInvalid as error:
+        raise MalformedCheckpoint(str(error)) from None
 
 
 def model_facts(config: MixtralConfig) -> ModelFacts:
@@ -146,63 +114,3 @@ def _dense_layer(config: MixtralConfig, layer: int) -> Iterator[RecordSource]:
 
 def _dense(name: str, tensor_class: TensorClass, hub_name: str, shape: tuple[int, ...]) -> RecordSource:
     return RecordSource(name, None, tensor_class, (Matrix(hub_name, shape, name),))
-
-
-def _check_kind(document: dict[str, object]) -> None:
-    model_type = document.get("model_type")
-    if model_type != "mixtral":
-        raise NotAMixtral(f"{_CONFIG}: model_type {model_type!r:.60}; expertd reads checkpoints of type 'mixtral'")
-    quantization = document.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise NotAMixtral(
-            f"{_CONFIG}: the checkpoint is already quantized ({method!r:.60}); expertd needs the original in F32, F16 "
-            "or BF16"
-        )
-    activation = document.get("hidden_act", "silu")
-    if activation != "silu":
-        raise NotAMixtral(f"{_CONFIG}: hidden_act {activation!r:.60}; a Mixtral's experts use 'silu'")
-
-
-def _size(document: dict[str, object], field: str) -> int:
-    if field not in document:
-        raise MalformedCheckpoint(f"{_CONFIG}: {field} is missing")
-    value = document[field]
-    if type(value) is not int or not 0 < value <= _SIZE_MAX:
-        raise MalformedCheckpoint(f"{_CONFIG}: {field}: a count from 1 to {_SIZE_MAX} is expected, {value!r:.60} came")
-    return value
-
-
-def _head_dim(document: dict[str, object], hidden_size: int, n_heads: int) -> int:
-    """Return head_dim, which may be absent or null: hidden_size / num_attention_heads then."""
-    if document.get("head_dim") is not None:
-        return _size(document, "head_dim")
-    if hidden_size % n_heads:
-        raise MalformedCheckpoint(
-            f"{_CONFIG}: hidden_size {hidden_size} does not divide by num_attention_heads {n_heads}, and there is no "
-            "head_dim"
-        )
-    return hidden_size // n_heads
-
-
-def _is_tied(document: dict[str, object]) -> bool:
-    value = document.get("tie_word_embeddings", False)
-    if not isinstance(value, bool):
-        raise MalformedCheckpoint(f"{_CONFIG}: tie_word_embeddings: true or false is expected, {value!r:.60} came")
-    return value
-
-
-def _check_sizes(config: MixtralConfig) -> None:
-    if config.n_heads % config.n_kv_heads:
-        raise MalformedCheckpoint(
-            f"{_CONFIG}: num_attention_heads {config.n_heads} does not divide by num_key_value_heads "
-            f"{config.n_kv_heads}"
-        )
-    if config.top_k > config.n_experts:
-        raise MalformedCheckpoint(
-            f"{_CONFIG}: num_experts_per_tok {config.top_k} is more than num_local_experts {config.n_experts}"
-        )
-    if config.n_layers * config.n_experts > _EXPERTS_MAX:
-        raise MalformedCheckpoint(
-            f"{_CONFIG}: {config.n_layers} layers x {config.n_experts} experts; a store holds at most {_EXPERTS_MAX}"
-        )

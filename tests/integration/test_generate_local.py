@@ -4,15 +4,17 @@ import json
 import math
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from runner.config import RunnerConfig
 from runner.engine import Engine
-from runner.errors import ContextFull, PromptInvalid, PromptTooLong, RunnerError, TemplateError
+from runner.errors import ConfigInvalid, ContextFull, PromptInvalid, PromptTooLong, RunnerError, TemplateError
 from runner.generate import CONTEXT, EOS, LENGTH, Generation, Prompt, Startup
 from runner.perplexity import perplexity, score_windows
 from tests.support.local_runner import start_runner
@@ -50,6 +52,19 @@ def finish(process: subprocess.Popen[bytes]) -> tuple[int, str, str]:
     with process:
         out, err = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, out.decode(), err.decode()
+
+
+def run_redirected(store: SmallStore, redirection: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `generate` in a shell that redirects so."""
+    runner = [sys.executable, "-m", "tests.support.local_runner", "generate", "--store", str(store.path)]
+    return subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *runner, "--max-new-tokens", "2", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
 
 
 def test_greedy_tokens_are_the_most_probable_ones(engine: Engine) -> None:
@@ -108,6 +123,37 @@ def test_a_prompt_that_cannot_be_is_refused(
         engine.generate(prompt)
     with pytest.raises(error, match=message):
         engine.logits(prompt)
+
+
+@pytest.mark.parametrize("prompt", [[5.0], ["5"], [None], [[5]], "5", 5, None, torch.tensor([5.0])])
+def test_a_prompt_of_other_things_than_whole_numbers_is_refused(engine: Engine, prompt: Any) -> None:  # noqa: ANN401
+    message = "the prompt is no sequence of whole token ids"
+
+    with pytest.raises(PromptInvalid, match=message):
+        engine.generate(prompt)
+    with pytest.raises(PromptInvalid, match=message):
+        engine.logits(prompt)
+
+
+def test_a_prompt_may_be_a_tensor_of_whole_numbers(engine: Engine) -> None:
+    ids: Any = torch.tensor([5, 6])
+
+    assert torch.equal(engine.logits(ids), engine.logits([5, 6]))
+
+
+@pytest.mark.parametrize("token_id", [VOCAB, -1])
+def test_tokens_appended_to_a_sequence_are_checked_by_the_step(engine: Engine, token_id: int) -> None:
+    sequence = engine.new_sequence()
+    sequence.append([token_id])
+
+    with pytest.raises(PromptInvalid, match="outside the vocabulary of 258"):
+        engine.step([sequence])
+
+
+@pytest.mark.parametrize("context", [0, -1])
+def test_a_sequence_without_room_for_a_token_is_refused(engine: Engine, context: int) -> None:
+    with pytest.raises(ConfigInvalid, match=f"context: a whole number from 1 to 16777216 is expected, {context} came"):
+        engine.new_sequence(context)
 
 
 def test_a_step_without_tokens_is_refused(engine: Engine) -> None:
@@ -239,6 +285,89 @@ def test_an_interruption_ends_the_command_with_its_report(store: SmallStore) -> 
     assert "ended by stopped" in err
     assert err.endswith("runner: interrupted\n")
     assert "Traceback" not in err
+
+
+def test_an_interruption_that_an_import_loses_ends_the_command(store: SmallStore) -> None:
+    # What torch's import runs swallows a KeyboardInterrupt here and there; this does it always.
+    program = """if True:
+        import runpy, signal, sys
+        class Loser:
+            def find_spec(self, name, path, target=None):
+                if name == "torch":
+                    try:
+                        signal.raise_signal(signal.SIGINT)
+                    except KeyboardInterrupt:
+                        pass
+        sys.meta_path.insert(0, Loser())
+        runpy.run_module("tests.support.local_runner", run_name="__main__")
+    """
+    arguments = ["generate", "--store", str(store.path), "--prompt", "hello", "--max-new-tokens", "2"]
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "runner: interrupted\n")
+
+
+@pytest.mark.parametrize("module", ["click", "json", "runner.commands"])
+def test_an_interruption_of_the_first_imports_is_one_line(module: str) -> None:
+    program = f"""if True:
+        import signal, sys
+        class Interrupter:
+            def find_spec(self, name, path, target=None):
+                if name == "{module}":
+                    signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Interrupter())
+        from runner.cli import main
+        main()
+    """
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "runner: interrupted\n")
+
+
+def test_a_closed_stdout_is_one_line(store: SmallStore) -> None:
+    done = run_redirected(store, ">&-", "--prompt", "hello")
+
+    assert (done.returncode, done.stderr) == (1, "runner: stdout is closed\n")
+
+
+def test_a_closed_stdin_is_an_empty_prompt(store: SmallStore) -> None:
+    done = run_redirected(store, "<&-")
+
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "runner: the prompt is empty\n")
+
+
+def test_a_closed_stderr_leaves_the_answer_as_it_is(store: SmallStore) -> None:
+    silent, told = (run_redirected(store, redirection, "--prompt", "hello") for redirection in ("2>&-", ""))
+
+    assert (silent.returncode, silent.stderr) == (0, "")
+    assert silent.stdout == told.stdout != ""
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_an_error_that_nobody_can_read_is_still_a_status(store: SmallStore, redirection: str) -> None:
+    done = run_redirected(store, redirection, "--prompt", "")
+
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["--prompt", "hello"], ["--prompt", "hello", "--json"], ["--help"]])
+def test_an_output_without_room_is_one_line(store: SmallStore, arguments: list[str]) -> None:
+    done = run_redirected(store, ">/dev/full", *arguments)
+
+    assert (done.returncode, done.stderr) == (1, "runner: output: No space left on device\n")
+
+
+def test_a_prompt_that_cannot_be_read_is_one_line(store: SmallStore) -> None:
+    done = run_redirected(store, "0>/dev/null")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "runner: the prompt: stdin: Bad file descriptor\n"
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(store: SmallStore) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from runner.cli import run
+from runner.cli import main
 from runner.config import RunnerConfig
 from tests.support.local_store import LocalStore
 
@@ -39,4 +39,4 @@ class LocalClient(ModuleType):
 
 if __name__ == "__main__":
     sys.modules["runner.client"] = LocalClient("runner.client")
-    sys.exit(run(sys.argv[1:]))
+    main()

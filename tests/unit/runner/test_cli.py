@@ -1,3 +1,5 @@
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from runner.cli import run
+from runner.report import perplexity_figures
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +47,9 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     [
         ([*GENERATE[:-1], ""], "the prompt is empty"),
         ([*GENERATE, "--device", "cuda"], "device cuda: computing on GPUs comes with a later version"),
+        ([*GENERATE[:-1], "\udcff\udcfe"], "--prompt: not UTF-8 (byte 0)"),
+        ([*GENERATE[:-1], "é\udcff"], "--prompt: not UTF-8 (byte 2)"),
+        ([*GENERATE, "--system", "a\udcff"], "--system: not UTF-8 (byte 1)"),
         (["perplexity", "--store", "/nonexistent", "--text", "/nonexistent/text"], "/nonexistent/text: No such file"),
     ],
 )
@@ -103,3 +109,26 @@ def test_the_package_offers_the_engine() -> None:
     assert runner.open_engine.__module__ == "runner.engine"
     with pytest.raises(AttributeError, match="no attribute 'open_motor'"):
         runner.open_motor  # noqa: B018  # type: ignore[attr-defined]
+
+
+def test_an_infinite_perplexity_is_null_in_json() -> None:
+    figures = perplexity_figures(math.inf, n_tokens_scored=3, window=4, tokens_per_s=5.0)
+
+    assert json.loads(json.dumps(figures, allow_nan=False))["perplexity"] is None
+
+
+def test_a_finite_perplexity_is_in_json_as_it_is() -> None:
+    figures = perplexity_figures(7.5, n_tokens_scored=3, window=4, tokens_per_s=5.0)
+
+    assert figures == {"perplexity": 7.5, "n_tokens_scored": 3, "window": 4, "tokens_per_s": 5.0}
+
+
+def test_what_stdout_cannot_encode_is_written_as_its_number() -> None:
+    program = (
+        "import sys; sys.argv[1:] = ['--help']; sys.stdout.reconfigure(encoding='iso-8859-1');"
+        "import runner.commands as c; c.cli.help = '→'; from runner.cli import main; main()"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+    assert b"\\u2192" in done.stdout

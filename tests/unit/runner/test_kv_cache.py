@@ -1,7 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from runner.errors import ContextFull
+from runner.errors import ContextFull, OutOfMemory
 from runner.kv_cache import KVCache
 from runner.metrics import read_memory
 from runner.sequence import Sequence
@@ -52,3 +55,28 @@ def test_a_long_context_costs_no_memory_before_it_is_used() -> None:
     # 4 GiB are reserved.
     assert cache.context == 32768
     assert read_memory().private_nbytes - before < 64 << 20
+
+
+def test_a_context_beyond_the_memory_of_the_machine_is_refused_with_the_figures() -> None:
+    with pytest.raises(OutOfMemory, match=r"a context of 1099511627776 tokens needs 70368744177664 bytes .*--context"):
+        make_cache(context=1 << 40)
+
+
+def test_a_context_that_the_system_does_not_give_is_refused_with_the_figures() -> None:
+    program = """if True:
+        import resource, torch
+        from runner.errors import OutOfMemory
+        from runner.kv_cache import KVCache
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+        try:
+            KVCache(n_layers=1, n_kv_heads=1, context=1 << 19, head_dim=1 << 10, dtype=torch.float32)
+        except OutOfMemory as error:
+            print(error)
+    """
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stdout == (
+        "a context of 524288 tokens needs 4294967296 bytes for keys and values, the system does not give them; "
+        "a smaller --context may fit\n"
+    )

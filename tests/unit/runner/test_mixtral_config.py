@@ -64,6 +64,7 @@ def test_an_absent_rotary_base_is_that_of_transformers() -> None:
         {"rope_scaling": {"type": "yarn", "factor": 4}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {"type": "yarn"}},
     ],
 )
 def test_an_unsupported_rope_type_is_refused_by_name(spelling: dict[str, Any]) -> None:
@@ -90,6 +91,13 @@ def test_the_end_of_sequence_is_one_id_or_several_or_none(value: object, ids: se
 
 def test_the_generation_config_names_the_end_of_sequence_first() -> None:
     assert read({"eos_token_id": 2}, {"eos_token_id": [5, 6]}).eos_token_ids == {5, 6}
+
+
+def test_a_damaged_end_is_blamed_on_the_file_that_has_it() -> None:
+    with pytest.raises(StoreInvalid, match=r"^generation_config\.json: eos_token_id: token ids are expected, 'x' came"):
+        read({"eos_token_id": 2}, {"eos_token_id": "x"})
+    with pytest.raises(StoreInvalid, match=r"^config\.json: eos_token_id: token ids are expected, 'x' came"):
+        read({"eos_token_id": "x"}, {})
 
 
 def test_a_generation_config_without_an_end_leaves_it_to_the_config() -> None:
@@ -123,10 +131,11 @@ def test_another_model_is_refused_by_name(changes: dict[str, Any], message: str)
     ("changes", "message"),
     [
         ({"vocab_size": 0}, "vocab_size"),
+        ({"num_attention_heads": 6}, "hidden_size 64 does not divide by num_attention_heads 6"),
         ({"vocab_size": True}, "vocab_size"),
-        ({"num_key_value_heads": 3}, "4 num_attention_heads do not divide among 3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 does not divide by num_key_value_heads 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 of 8 experts"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than num_local_experts 8"),
         ({"num_experts_per_tok": 1}, "top_k is 1, the store's manifest says 2"),
         ({"hidden_size": 128}, "hidden_size is 128, the store's manifest says 64"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
@@ -141,7 +150,14 @@ def test_an_impossible_value_is_refused_by_name(changes: dict[str, Any], message
         read(changes)
 
 
-@pytest.mark.parametrize("data", [b"{", b"[]", b"[" * 100_000])
+def test_a_size_that_is_absent_is_refused_by_name() -> None:
+    document = {key: value for key, value in DOCUMENT.items() if key != "num_key_value_heads"}
+
+    with pytest.raises(StoreInvalid, match=r"^config\.json: num_key_value_heads is missing"):
+        read_mixtral_config(json.dumps(document).encode(), None, FACTS)
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b'{"model_type": "mixtral", "model_type": "mixtral"}', b"[" * 100_000])
 def test_a_config_that_is_no_object_is_one_clear_line(data: bytes) -> None:
     with pytest.raises(StoreInvalid, match=r"^config\.json: ") as raised:
         read_mixtral_config(data, None, FACTS)

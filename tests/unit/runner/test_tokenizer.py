@@ -146,6 +146,23 @@ def test_what_the_template_refuses_is_said_in_its_words() -> None:
         "{{ 'a' * 100000000000 }}",
         "{{ [0] * 1000 * 100000000 }}",
         "{{ 9 ** 9 ** 9 }}",
+        "{{ 'a'.ljust(3000000000) | length }}",
+        "{{ 'a'['ljust'](3000000000) | length }}",
+        "{{ ('a' | attr('ljust'))(3000000000) | length }}",
+        "{{ (1).to_bytes(3000000000, 'big') | length }}",
+        "{{ '%2000000000d' % 1 }}",
+        "{{ '{:2000000000d}'.format(1) }}",
+        "{{ '%2000000000d' | format(1) }}",
+        "{{ 'a' | center(3000000000) }}",
+        "{{ 'a' | indent(3000000000, true) }}",
+        "{{ 'a'['format']() }}",
+        "{{ 'a' | map('center', 3000000000) | join }}",
+        "{% set x = 'a' * 9999 %}{{ (x | attr('replace'))('a', x) | length }}",
+        "{{ [0] | batch(3000000000, 0) | list }}",
+        "{{ [0] | tojson(indent=3000000000) }}",
+        "{% set x = 'a' * 9999 %}{{ x.replace('a', x) | length }}",
+        "{% set x = 'a' * 9999 %}{{ x | replace('a', x) | length }}",
+        "{% set x = [0] * 9999999 %}{{ (x + x) | length }}",
         "{{ range(1000000000) | list }}",
         "{% for i in range(99999) %}{% for j in range(9999) %}{{ 'a' * 9999 }}{% endfor %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
@@ -158,6 +175,25 @@ def test_a_hostile_or_broken_template_is_one_clear_line(template: str) -> None:
         render(template)
 
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ 'a' + 'b' ~ 1 }}", "ab1"),
+        ("{{ 7 % 4 }}", "3"),
+        ("{{ 99999999 + 1 }}", "100000000"),
+        ("{{ 100000 % 99999 }}", "1"),
+        ("{{ 'abab'.replace('b', 'c') }}", "acac"),
+        ("{{ 'abab'.replace('b', 'c', 1) }}", "acab"),
+        ("{{ 'abab' | replace('b', 'c', 1) }}", "acab"),
+        ("{{ {'format': 'x'}.format }}", "x"),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{% if false %}{{ 'a' | indent(2) }}{% endif %}b", "b"),
+    ],
+)
+def test_what_templates_of_models_use_works(template: str, text: str) -> None:
+    assert render(template) == text
 
 
 def test_a_template_of_another_type_is_refused() -> None:

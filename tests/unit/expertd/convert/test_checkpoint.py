@@ -95,6 +95,20 @@ def test_head_dim_may_be_null_or_absent(folder: Path) -> None:
         assert checkpoint.config.head_dim == 16
 
 
+def test_kv_heads_of_null_are_as_many_as_the_heads(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "c", n_kv_heads=4)
+    edit_config(folder, num_key_value_heads=None)
+
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.config.n_kv_heads == 4
+
+
+def test_a_damaged_generation_config_is_refused_before_any_work(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+
+    assert "generation_config.json: eos_token_id: token ids are expected" in refusal_of(folder, MalformedCheckpoint)
+
+
 def test_head_dim_need_not_be_hidden_over_heads(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", head_dim=32, n_kv_heads=1)
 
@@ -117,15 +131,22 @@ def test_rotary_frequencies_and_a_second_copy_of_tied_embeddings_are_left_out(tm
         (
             {"model_type": "llama"},
             NotAMixtral,
-            "model_type 'llama'; expertd reads checkpoints of type 'mixtral'",
+            "model_type 'llama' is not supported; 'mixtral' is",
         ),
-        ({"model_type": "absent"}, NotAMixtral, "model_type None; expertd reads checkpoints of type 'mixtral'"),
-        ({"hidden_act": "gelu"}, NotAMixtral, "hidden_act 'gelu'; a Mixtral's experts use 'silu'"),
+        ({"model_type": "absent"}, NotAMixtral, "model_type None is not supported; 'mixtral' is"),
+        ({"hidden_act": "gelu"}, NotAMixtral, "hidden_act 'gelu' is not supported; 'silu' is"),
         (
             {"quantization_config": {"quant_method": "awq"}},
             NotAMixtral,
-            "the checkpoint is already quantized ('awq'); expertd needs the original in F32, F16 or BF16",
+            "the checkpoint is already quantized ('awq'); the original in F32, F16 or BF16 is needed",
         ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}},
+            NotAMixtral,
+            "rope_scaling: rope type 'yarn' is not supported; this version computes 'default'",
+        ),
+        ({"head_dim": 15}, MalformedCheckpoint, "head_dim 15 is odd; rotary embeddings need pairs"),
+        ({"eos_token_id": "</s>"}, MalformedCheckpoint, "eos_token_id: token ids are expected, '</s>' came"),
         ({"hidden_size": "absent"}, MalformedCheckpoint, "hidden_size is missing"),
         (
             {"vocab_size": 0},

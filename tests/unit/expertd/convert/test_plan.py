@@ -139,8 +139,8 @@ def test_groups_that_do_not_divide_are_refused_with_the_tensor_and_the_remedy(
 
 
 def test_what_does_not_divide_is_fine_in_16_bits(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "c", hidden=36, intermediate=50)
+    folder = write_checkpoint(tmp_path / "c", hidden=40, intermediate=50)
 
     records = records_of(folder, QuantizeConfig(experts="16bit", attention="16bit", head="16bit"))
 
-    assert records["layers.0.experts.0"].parts[2] == Part("w2", 36, 50, "fp16")
+    assert records["layers.0.experts.0"].parts[2] == Part("w2", 40, 50, "fp16")
