@@ -13,7 +13,7 @@ from tools.demo.show import show
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/demo.toml"
-PROMPT = "Why is the sky blue? Answer in one sentence."
+PROMPT = "Write one sentence about the sea."
 
 _EXIT_INTERRUPTED = 130
 _EXIT_SIGNAL = 128

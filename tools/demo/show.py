@@ -16,7 +16,7 @@ from pathlib import Path
 from tools.demo.commands import Commands, run_step, shown, uninterrupted
 from tools.demo.errors import StepFailed
 
-NEXT_PROMPT = "Write one sentence about the sea."
+NEXT_PROMPT = "Why is the sky blue? Answer in one sentence."
 
 
 @dataclass(frozen=True, slots=True)
