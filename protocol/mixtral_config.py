@@ -5,11 +5,11 @@ stand in the file, but for head_dim. Another key that is absent has the value tr
 eos_token_id: none then. Knows no store; blocks on nothing.
 """
 
-import json
 import math
 from dataclasses import dataclass
 
 from protocol.errors import ModelConfigInvalid, ModelUnsupported
+from protocol.json_object import parse_json_object
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -70,21 +70,9 @@ def read_mixtral_config(config_file: bytes, generation_config_file: bytes | None
 
 def _load(name: str, data: bytes) -> dict[str, object]:
     try:
-        document = json.loads(data, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ModelConfigInvalid(f"{name}: not JSON ({error!s:.120})") from None
-    if not isinstance(document, dict):
-        raise ModelConfigInvalid(f"{name}: a JSON object is expected, {type(document).__name__} came")
-    return document
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    document: dict[str, object] = {}
-    for key, value in pairs:
-        if key in document:
-            raise ValueError(f"key {key!r:.80} stands twice")
-        document[key] = value
-    return document
+        return parse_json_object(data)
+    except ValueError as error:
+        raise ModelConfigInvalid(f"{name}: {error}") from None
 
 
 def _check_kind(document: dict[str, object]) -> None:

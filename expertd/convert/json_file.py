@@ -1,9 +1,9 @@
 """JSON from files anybody may have made: bounded, without duplicate keys, one error line. Knows no field."""
 
-import json
 from pathlib import Path
 
 from expertd.convert.errors import MalformedCheckpoint
+from protocol.json_object import parse_json_object
 
 
 def read_bounded(path: Path, nbytes_max: int) -> bytes:
@@ -23,18 +23,6 @@ def read_bounded(path: Path, nbytes_max: int) -> bytes:
 def parse_object(data: bytes, name: str) -> dict[str, object]:
     """Return the JSON object in those bytes; raise MalformedCheckpoint saying what `name` is instead."""
     try:
-        document = json.loads(data, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise MalformedCheckpoint(f"{name}: not JSON ({error!s:.120})") from None
-    if not isinstance(document, dict):
-        raise MalformedCheckpoint(f"{name}: a JSON object is expected, {type(document).__name__} came")
-    return document
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        seen: set[str] = set()
-        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {duplicate!r:.80} stands twice")
-    return document
+        return parse_json_object(data)
+    except ValueError as error:
+        raise MalformedCheckpoint(f"{name}: {error}") from None
