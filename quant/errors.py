@@ -5,6 +5,9 @@ QuantError
 ├── SolverMissing   the package of a solver is not installed
 ├── BadWeights      weights that cannot be stored: not finite, of another shape or type than promised
 ├── StaleLibrary    the C library is one of another version
+├── WorkspaceBusy   another thread computes with this workspace
+├── WorkspaceForked the workspace's threads belong to the process that this one was forked from
+├── ExpertMissing   an expert was chosen that was not put where it is to be computed
 ├── BadPart         bytes that are not the part they are said to be: type, length, alignment
 └── BadShape        activations, row ranges or parts that do not fit the matrix they are used with
 """
@@ -28,6 +31,18 @@ class BadWeights(QuantError):
 
 class StaleLibrary(QuantError):
     """The C library is one of another version."""
+
+
+class WorkspaceBusy(QuantError):
+    """Another thread computes with this workspace."""
+
+
+class WorkspaceForked(QuantError):
+    """The workspace's threads belong to the process that this one was forked from."""
+
+
+class ExpertMissing(QuantError):
+    """An expert was chosen that was not put where it is to be computed."""
 
 
 class BadPart(QuantError):

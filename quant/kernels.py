@@ -1,45 +1,29 @@
-"""The door to the C library: unpacks rows, multiplies with rows. Without the library torch does the same, slower.
+"""The door to the C library's work on parts: unpacks rows, multiplies. Without the library torch does the same, slower.
 
-The library is built when the package is installed with a C compiler; it lies in this package's directory (in an
-editable install, in the directory of the installed one, which is on the package's path too). Its calls release the
-interpreter's lock, so that threads may split the rows of a matrix. It never writes but to the output it is given.
+Its calls release the interpreter's lock. They read parts where they lie and write to nothing but the outputs.
 """
 
 import ctypes
 import functools
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-import quant
 from protocol.layout import Part
 from quant import reference
-from quant.errors import BadPart, BadShape, QuantError, StaleLibrary
+from quant.errors import BadShape
+from quant.library import check_status, library
 from quant.part_bytes import check_part, check_rows
+from quant.workspace import Workspace
 
-LIBRARY_FILE = "libexpertd_kernels.so"
-
-# Changes with the signatures or the meaning of anything the library exports.
-_ABI_VERSION = 1
-
-# From here on expanding strips for torch's matrix product is faster than multiplying while unpacking.
-_FUSED_TOKENS_MAX = 16
-
-_OK = 0
+# The most products that one call shares its activations among, csrc/multiply.c.
+PRODUCTS_MAX = 8
 
 _FORMATS = {"bf16": 0, "fp16": 1, "8bit-g64": 2, "4bit-g64": 3, "3bit-g64": 4, "2bit-g16": 5}
 
-_REASONS = {
-    1: "the format is not known",
-    2: "the shape cannot be stored in this format",
-    3: "a length is not what the shape needs",
-    4: "an address is not a multiple of 4",
-    5: "the part has no such rows",
-}
 
-
-class _CPart(ctypes.Structure):
+class CPart(ctypes.Structure):
     """struct expertd_part of csrc/api.h."""
 
     _fields_ = (
@@ -51,14 +35,16 @@ class _CPart(ctypes.Structure):
     )
 
 
-def has_c_library() -> bool:
-    """Whether the C library is there; raise StaleLibrary if it is one of another version."""
-    return _library() is not None
+class _CProduct(ctypes.Structure):
+    """struct expertd_product of csrc/api.h."""
+
+    _fields_ = (("part", CPart), ("y", ctypes.c_void_p), ("y_length", ctypes.c_int64))
 
 
-def multiplies(*, n_tokens: int) -> bool:
-    """Whether multiply_rows is to be used for that many tokens: the library is there and expanding is not faster."""
-    return n_tokens <= _FUSED_TOKENS_MAX and has_c_library()
+def c_part(part_bytes: Tensor, part: Part) -> CPart:
+    """Return what the library takes for a part; whoever keeps it keeps the bytes. Raise BadPart."""
+    check_part(part_bytes, part)
+    return CPart(part_bytes.data_ptr(), part_bytes.numel(), part.rows, part.cols, _FORMATS[part.scheme])
 
 
 def dequantize_rows(part_bytes: Tensor, part: Part, first_row: int, n_rows: int, out: Tensor) -> None:
@@ -66,67 +52,82 @@ def dequantize_rows(part_bytes: Tensor, part: Part, first_row: int, n_rows: int,
 
     Bit for bit what reference.dequantize_rows writes, with the library and without.
     """
-    check_part(part_bytes, part)
+    functions = _functions()
+    checked = c_part(part_bytes, part)
     check_rows(part, first_row, n_rows)
     _check_floats("out", out, (n_rows, part.cols))
-    library = _library()
-    if library is None:
+    if functions is None:
         reference.dequantize_rows(part_bytes, part, first_row, n_rows, out)
         return
     if n_rows == 0:
         return  # an empty tensor has no address
-    c_part = _c_part(part_bytes, part)
-    status = library.expertd_dequantize_rows(ctypes.byref(c_part), first_row, n_rows, out.data_ptr(), out.numel())
-    _check_status(status, part)
+    status = functions.expertd_dequantize_rows(ctypes.byref(checked), first_row, n_rows, out.data_ptr(), out.numel())
+    check_status(status, part.name)
 
 
-def multiply_rows(x: Tensor, part_bytes: Tensor, part: Part, first_row: int, n_rows: int, *, y: Tensor) -> None:
-    """Write x · Wᵀ for a range of W's rows into those columns of y, f32 [T, rows]; x is f32 [T, cols].
+class Product:
+    """Several parts of the same number of inputs, to be multiplied with the same activations in one call.
 
-    Needs the library. Sums are added in an order that depends on cols and scheme alone: neither the range of rows nor
-    the other tokens change a bit. Raise BadPart or BadShape.
+    The activations are rounded to int8 once for all, unless the products are exact.
     """
-    check_part(part_bytes, part)
-    check_rows(part, first_row, n_rows)
-    _check_floats("x", x, (x.shape[0], part.cols))
-    _check_floats("y", y, (x.shape[0], part.rows))
-    library = _library()
-    if library is None:
-        raise QuantError("multiply_rows needs the C library, which was not built")
-    if x.shape[0] == 0:
-        return  # an empty tensor has no address
-    c_part = _c_part(part_bytes, part)
-    status = library.expertd_multiply_rows(
-        ctypes.byref(c_part), first_row, n_rows, x.data_ptr(), x.numel(), x.shape[0], y.data_ptr(), y.numel()
-    )
-    _check_status(status, part)
+
+    def __init__(self, parts: Sequence[tuple[Part, Tensor]], *, workspace: Workspace, exact: bool) -> None:
+        """Keep the parts and their bytes; raise BadPart, or BadShape if the parts do not fit together."""
+        self.parts = [part for part, _ in parts]
+        self._bytes = [part_bytes for _, part_bytes in parts]
+        self._workspace = workspace
+        self._exact = exact
+        self._cols = self.parts[0].cols
+        if len(parts) > PRODUCTS_MAX or any(part.cols != self._cols for part in self.parts):
+            came = ", ".join(f"{part.name} [{part.rows}, {part.cols}]" for part in self.parts)
+            raise BadShape(f"at most {PRODUCTS_MAX} parts of the same number of inputs are expected, {came} came")
+        self._functions = _functions()
+        products = [_CProduct(c_part(part_bytes, part)) for part, part_bytes in parts]
+        self._products = (_CProduct * len(products))(*products)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """Return x · Wᵀ for each part, f32 [T, rows], of x f32 [T, cols]; raise BadShape.
+
+        A token's result depends neither on the other tokens nor on the number of threads.
+        """
+        if x.dim() != 2 or x.shape[1] != self._cols or x.dtype != torch.float32:
+            names = ", ".join(part.name for part in self.parts)
+            raise BadShape(f"{names}: float32 [T, {self._cols}] is expected, {x.dtype} {list(x.shape)} came")
+        n_tokens = x.shape[0]
+        if self._functions is None:
+            return [
+                reference.multiply(x, part_bytes, part)
+                for part, part_bytes in zip(self.parts, self._bytes, strict=True)
+            ]
+        results = [torch.empty(n_tokens, part.rows) for part in self.parts]
+        if n_tokens == 0:
+            return results  # an empty tensor has no address
+        x = x.contiguous()
+        for product, y in zip(self._products, results, strict=True):
+            product.y = y.data_ptr()
+            product.y_length = y.numel()
+        status = self._functions.expertd_multiply(
+            self._workspace.address, self._products, len(results), x.data_ptr(), x.numel(), n_tokens, self._exact
+        )
+        if status:
+            check_status(status, ", ".join(part.name for part in self.parts))
+        return results
 
 
-# A process loads a library once whoever asks; this remembers that it did, and what it found.
+def _functions() -> ctypes.CDLL | None:
+    loaded = library()
+    return None if loaded is None else _typed(loaded)
+
+
+# Types are the library's for as long as it is loaded; without them every call would convert its arguments by guessing.
 @functools.cache
-def _library() -> ctypes.CDLL | None:
-    for folder in quant.__path__:
-        path = Path(folder) / LIBRARY_FILE
-        if path.is_file():
-            return _load(path)
-    return None
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    version = library.expertd_abi_version()
-    if version != _ABI_VERSION:
-        raise StaleLibrary(f"{path}: version {version}, this code needs {_ABI_VERSION}; install the package again")
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.expertd_dequantize_rows.argtypes = (ctypes.POINTER(_CPart), count, count, pointer, count)
-    library.expertd_multiply_rows.argtypes = (
-        ctypes.POINTER(_CPart), count, count, pointer, count, count, pointer, count,
+def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    address, count = ctypes.c_void_p, ctypes.c_int64
+    loaded.expertd_dequantize_rows.argtypes = (ctypes.POINTER(CPart), count, count, address, count)
+    loaded.expertd_multiply.argtypes = (
+        address, ctypes.POINTER(_CProduct), count, address, count, count, count,
     )  # fmt: skip
-    return library
-
-
-def _c_part(part_bytes: Tensor, part: Part) -> _CPart:
-    return _CPart(part_bytes.data_ptr(), part_bytes.numel(), part.rows, part.cols, _FORMATS[part.scheme])
+    return loaded
 
 
 def _check_floats(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
@@ -134,8 +135,3 @@ def _check_floats(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
         raise BadShape(
             f"{name}: contiguous float32 {list(shape)} is expected, {tensor.dtype} {list(tensor.shape)} came"
         )
-
-
-def _check_status(status: int, part: Part) -> None:
-    if status != _OK:
-        raise BadPart(f"{part.name}: {_REASONS.get(status, f'status {status}')}")

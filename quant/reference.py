@@ -28,6 +28,19 @@ def dequantize(part_bytes: Tensor, rows: int, cols: int, scheme: Scheme) -> Tens
     return weights
 
 
+def multiply(x: Tensor, part_bytes: Tensor, part: Part) -> Tensor:
+    """Return x · Wᵀ, f32 [T, rows], of x f32 [T, cols] in float, a strip of expanded rows at a time; raise BadPart."""
+    check_part(part_bytes, part)
+    y = torch.empty(x.shape[0], part.rows)
+    strip_rows = max(PANEL_ROWS, _STRIP_NELEMENTS // part.cols // PANEL_ROWS * PANEL_ROWS)
+    for first_row in range(0, part.rows, strip_rows):
+        n_rows = min(strip_rows, part.rows - first_row)
+        weights = torch.empty(n_rows, part.cols)
+        dequantize_rows(part_bytes, part, first_row, n_rows, weights)
+        y[:, first_row : first_row + n_rows] = x @ weights.t()
+    return y
+
+
 def dequantize_rows(part_bytes: Tensor, part: Part, first_row: int, n_rows: int, out: Tensor) -> None:
     """Write the weights of a range of rows into out, f32 [n_rows, cols]; raise BadShape if the part has no such rows.
 

@@ -1,32 +1,34 @@
-"""What the matrix products of one runner reuse from call to call: scratch memory, and threads that share the work.
+"""The threads of one runner and the memory they reuse from call to call: the door to csrc/workspace.h.
 
-One call at a time: a workspace belongs to the thread that computes. Its own threads only ever run what that call gives
-them, on results that no other of them touches, and the call waits for all of them.
+One call at a time: a workspace belongs to the thread that computes; a second one that tries meanwhile gets
+WorkspaceBusy. Its own threads only ever run what that call gives them. Without the C library there are none, and the
+caller's thread computes alone.
 """
 
-import itertools
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-import torch
-from torch import Tensor
-
-# Below this many weights a second thread costs more than it gives.
-_NELEMENTS_PER_THREAD_MIN = 1 << 19
+from quant.library import check_status, library
 
 
 class Workspace:
-    """Scratch memory and `n_threads` threads, the caller's among them; close it, or use it in a `with`."""
+    """`n_threads` threads, the caller's among them; close it, or use it in a `with`."""
 
     def __init__(self, n_threads: int = 1) -> None:
         self.n_threads = n_threads
-        # What each thread has for itself: its scratch memory, and whether it works on a share.
-        self._own = threading.local()
-        # OpenMP keeps its number of threads by thread: without this each of ours would bring a team of its own.
-        self._pool = ThreadPoolExecutor(n_threads - 1, "quant", torch.set_num_threads, (1,)) if n_threads > 1 else None
+        self._library = library()
+        # What the library's functions take; None once closed, or without the library.
+        self.address: ctypes.c_void_p | None = None
+        if self._library is not None:
+            address = ctypes.c_void_p()
+            check_status(
+                self._library.expertd_workspace_start(ctypes.c_int64(n_threads), ctypes.byref(address)),
+                f"{n_threads} threads",
+            )
+            self.address = address
 
     def __enter__(self) -> Self:
         return self
@@ -34,45 +36,27 @@ class Workspace:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        """End the threads and give the memory back."""
+        address, self.address = getattr(self, "address", None), None
+        if address is not None and self._library is not None:
+            self._library.expertd_workspace_stop(address)
 
-    def matrix(self, rows: int, cols: int) -> Tensor:
-        """Return scratch memory as f32 [rows, cols], of any content; this thread's next call reuses it."""
-        scratch: Tensor | None = getattr(self._own, "scratch", None)
-        if scratch is None or scratch.numel() < rows * cols:
-            scratch = self._own.scratch = torch.empty(rows * cols)
-        return scratch[: rows * cols].view(rows, cols)
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Keep the threads awake between calls that follow each other closely, as a token's do.
 
-    def split(self, n_items: int, item_nelements: int, work: Callable[[int, int], None]) -> None:
-        """Call work(first, n) for ranges that cover all items, each of so many weights, on the threads.
-
-        Work that splits again does the inner part by itself: its siblings are busy, and waiting for them could be for
-        ever.
+        Each waits at most 100 µs for the next call before it sleeps; waking it again takes as long.
         """
-        n_threads = 1 if getattr(self._own, "is_sharing", False) else self.n_threads
-        n_shares = min(n_threads, n_items, max(1, n_items * item_nelements // _NELEMENTS_PER_THREAD_MIN))
-        edges = [n_items * share // n_shares for share in range(n_shares + 1)] if n_items else [0]
-        ranges = [(first, last - first) for first, last in itertools.pairwise(edges)]
-        if self._pool is None or len(ranges) <= 1:
-            for first, n in ranges:
-                work(first, n)
-            return
-        pending = [self._pool.submit(self._share, work, first, n) for first, n in ranges[1:]]
+        self._stay_awake(stays_awake=True)
         try:
-            self._share(work, *ranges[0])
+            yield
         finally:
-            # Also after an error: the others write to memory that the caller would free.
-            errors = [future.exception() for future in pending]
-        for error in errors:
-            if error is not None:
-                raise error
+            self._stay_awake(stays_awake=False)
 
-    def _share(self, work: Callable[[int, int], None], first: int, n: int) -> None:
-        self._own.is_sharing = True
-        try:
-            work(first, n)
-        finally:
-            self._own.is_sharing = False
+    def _stay_awake(self, *, stays_awake: bool) -> None:
+        if self.address is not None and self._library is not None:
+            self._library.expertd_workspace_stay_awake(self.address, ctypes.c_int64(stays_awake))

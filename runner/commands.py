@@ -31,6 +31,7 @@ EXIT_USAGE = 2
 
 # Beyond what any context holds; a prompt is read whole.
 _TEXT_NBYTES_MAX = 1 << 28
+_COUNT = click.IntRange(0, 1 << 20)
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -141,6 +142,42 @@ def perplexity(
         _print_json(perplexity_figures(value, n_tokens_scored=n_scored, window=window, tokens_per_s=tokens_per_s))
     else:
         click.echo(f"perplexity {value:.4f} · {n_scored} tokens scored · {tokens_per_s:.1f} tok/s")
+
+
+@cli.command()
+@_engine_options
+@click.option("--prompt-tokens", type=_COUNT, default=128, show_default=True, help="Prefill so many; 0: no prefill.")
+@click.option("--context-tokens", type=_COUNT, default=512, show_default=True, help="Decode behind so many.")
+@click.option("--decode-tokens", type=_COUNT, default=32, show_default=True, help="Decode so many; 0: no decode.")
+@click.option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Measure so many times.")
+@click.option("--seed", "bench_seed", type=click.IntRange(0, (1 << 63) - 1), default=0, help="Where tokens start.")
+def bench(
+    store_dir: Path,
+    *,
+    as_json: bool,
+    prompt_tokens: int,
+    context_tokens: int,
+    decode_tokens: int,
+    runs: int,
+    bench_seed: int,
+    **flags: object,
+) -> None:
+    """Measure prefill and decode in tokens per second, on random tokens; the store needs no tokenizer."""
+    if not prompt_tokens and not decode_tokens:
+        raise click.UsageError("--prompt-tokens and --decode-tokens are both 0: there is nothing to measure")
+    settings = _settings(flags)
+
+    with _opened(store_dir, settings) as (engine, _):
+        from runner.bench import BenchPlan
+        from runner.bench import bench as bench_of
+        from runner.report import bench_figures, bench_lines
+
+        measured = bench_of(engine, BenchPlan(prompt_tokens, context_tokens, decode_tokens, runs, bench_seed))
+    if as_json:
+        _print_json(bench_figures(measured))
+    else:
+        for line in bench_lines(measured):
+            click.echo(line)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class RunnerConfig:
         _check_number("top_p", self.top_p, 0.0, 1.0)
         _check_whole("seed", self.seed, 0, (1 << 63) - 1, optional=True)
         _check_bool("autostart", self.autostart)
-        _check_whole("prefill_chunk", self.prefill_chunk, 1, 1 << 20)
+        _check_whole("prefill_chunk", self.prefill_chunk, 1, 1 << 15)
 
 
 def load_config(environment: Mapping[str, str] | None = None) -> RunnerConfig:

@@ -4,7 +4,7 @@ One engine is used from one thread. Whatever is attached is detached by close(),
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from operator import index
@@ -54,7 +54,7 @@ def open_engine(
     store           the directory that `expertd quantize` wrote
     device          "auto" or "cpu"; "cuda" comes with a later version
     threads         None: one for each physical core this process may use. torch's thread count is the process's.
-    exact           keep keys and values in fp32 instead of fp16
+    exact           activations and kv_cache in fp32: the float reference's results, two to four times slower
     context         the most tokens a sequence may have
     prefill_chunk   how many tokens are computed at once
     autostart       start expertd if none runs; it stays, with the store in memory
@@ -98,9 +98,10 @@ class Engine:
         started = monotonic()
         self.config = _read_config(store)
         check_experts(store.manifest, self.config)
-        workspace = Workspace(self.n_threads)
-        weights = load_dense_weights(store, workspace, self.config)
-        self._model: Mixtral | None = Mixtral(self.config, weights, InPlaceExperts(store, workspace))
+        self._workspace = workspace = Workspace(self.n_threads)
+        weights = load_dense_weights(store, workspace, self.config, exact=settings.exact)
+        experts = InPlaceExperts(store, workspace, exact=settings.exact)
+        self._model: Mixtral | None = Mixtral(self.config, weights, experts, workspace)
         self.dense_weights_s = monotonic() - started
         self._owned = ExitStack()
         if attachment is not None:
@@ -184,16 +185,23 @@ class Engine:
             generator.manual_seed(seed)
         return self._continue(self._prompted(token_ids), max_new_tokens, sampling, generator)
 
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Keep the threads awake between steps that follow each other closely; a generation does so by itself."""
+        with self._workspace.awake():
+            yield
+
     def _continue(
         self, sequence: Sequence, max_new_tokens: int, sampling: Sampling, generator: torch.Generator
     ) -> Iterator[int]:
-        for n_tokens in range(1, max_new_tokens + 1):
-            token_id = sample(self.step([sequence])[0], sampling, generator)
-            if token_id in self.config.eos_token_ids:
-                return
-            yield token_id
-            if n_tokens < max_new_tokens:
-                sequence.append([token_id])
+        with self.awake():
+            for n_tokens in range(1, max_new_tokens + 1):
+                token_id = sample(self.step([sequence])[0], sampling, generator)
+                if token_id in self.config.eos_token_ids:
+                    return
+                yield token_id
+                if n_tokens < max_new_tokens:
+                    sequence.append([token_id])
 
     def _prompted(self, token_ids: Iterable[int], *, fits: bool = False) -> Sequence:
         """Return a new sequence with those tokens pending, its kv_cache no longer than them if it `fits`."""

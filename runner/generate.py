@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic
 
-from quant.kernels import has_c_library
+from quant.library import has_c_library
 from runner.config import RunnerConfig
 from runner.engine import Engine
 from runner.errors import ContextFull

@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict
 
+from runner.bench import Bench, Speed
 from runner.generate import Report
 
 _MB = 1e6
@@ -47,6 +48,44 @@ def perplexity_figures(value: float, *, n_tokens_scored: int, window: int, token
         "window": window,
         "tokens_per_s": tokens_per_s,
     }
+
+
+def bench_lines(bench: Bench) -> list[str]:
+    """Return the lines a person reads of measured speeds."""
+    plan, memory = bench.plan, bench.memory
+    lines = []
+    if bench.prefill is not None:
+        lines.append(f"prefill of {plan.prompt_tokens} tokens: {_spread(bench.prefill)}")
+    if bench.decode is not None:
+        behind = f"decode of {plan.decode_tokens} tokens behind {plan.context_tokens}"
+        lines.append(f"{behind}: {_spread(bench.decode)}")
+    kernels = "C kernels" if bench.has_c_kernels else "no C kernels"
+    lines.append(
+        f"{bench.n_threads} threads, {kernels}{', exact' if bench.is_exact else ''} · "
+        f"memory: private {memory.private_nbytes / _MB:.0f} MB, shared {memory.shared_nbytes / _MB:.0f} MB"
+    )
+    return lines
+
+
+def bench_figures(bench: Bench) -> dict[str, object]:
+    """Return measured speeds as one JSON object: what was asked, what was used, every sample."""
+    return (
+        asdict(bench.plan)
+        | {"threads": bench.n_threads, "exact": bench.is_exact, "has_c_kernels": bench.has_c_kernels}
+        | asdict(bench.memory)
+        | _speed_figures("prefill", bench.prefill)
+        | _speed_figures("decode", bench.decode)
+    )
+
+
+def _speed_figures(name: str, speed: Speed | None) -> dict[str, object]:
+    samples = None if speed is None else list(speed.samples)
+    return {f"{name}_tokens_per_s": speed and speed.median, f"{name}_tokens_per_s_samples": samples}
+
+
+def _spread(speed: Speed) -> str:
+    least, greatest = min(speed.samples), max(speed.samples)
+    return f"{speed.median:.2f} tok/s (least {least:.2f}, greatest {greatest:.2f}, {len(speed.samples)} runs)"
 
 
 def _rate(tokens_per_s: float | None) -> str:

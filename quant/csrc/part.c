@@ -33,11 +33,16 @@ static bool describe_format(int64_t format, struct plan *plan) {
 
 /* Fill in the planes; return the length that the part must have. */
 static int64_t place_planes(const struct expertd_part *part, struct plan *plan) {
+    plan->format = (int)part->format;
+    plan->rows = part->rows;
+    plan->cols = part->cols;
+    plan->n_panels = (part->rows + PANEL_ROWS - 1) / PANEL_ROWS;
+    plan->values = part->bytes;
     if (plan->nbits == 0) {
+        plan->n_blocks = 0;
         return part->rows * part->cols * 2;
     }
-    int64_t n_panels = (part->rows + PANEL_ROWS - 1) / PANEL_ROWS;
-    int64_t row_plane_nbytes = aligned(n_panels * PANEL_ROWS * 4);
+    int64_t row_plane_nbytes = aligned(plan->n_panels * PANEL_ROWS * 4);
     plan->n_blocks = part->cols / BLOCK_COLS;
     plan->scale_step = (const float *)part->bytes;
     plan->zero_min = (const float *)(part->bytes + row_plane_nbytes);
@@ -45,7 +50,7 @@ static int64_t place_planes(const struct expertd_part *part, struct plan *plan) 
     plan->panels = part->bytes + 3 * row_plane_nbytes;
     plan->codes_offset = aligned(plan->n_blocks * 2 * PANEL_ROWS * plan->groups_per_block);
     plan->panel_nbytes = plan->codes_offset + aligned(plan->n_blocks * PANEL_ROWS * BLOCK_COLS * plan->nbits / 8);
-    return 3 * row_plane_nbytes + n_panels * plan->panel_nbytes;
+    return 3 * row_plane_nbytes + plan->n_panels * plan->panel_nbytes;
 }
 
 int check_part(const struct expertd_part *part, int64_t first_row, int64_t n_rows, struct plan *plan) {

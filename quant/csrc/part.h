@@ -15,11 +15,16 @@ enum {
     GROUPS_PER_BLOCK_MAX = 4,
 };
 
-/* The planes of a quantized part; nbits is 0 for a 16-bit part, which has none. */
+/* The planes of a quantized part; nbits is 0 for a 16-bit part, which has none but its values. */
 struct plan {
+    int format; /* enum expertd_format */
     int nbits;
     int groups_per_block;
+    int64_t rows;
+    int64_t cols;
+    int64_t n_panels; /* of 8 rows, the last one filled up; also of a 16-bit part, where they are but a way to count */
     int64_t n_blocks;
+    const uint8_t *values; /* of a 16-bit part */
     const float *scale_step;
     const float *zero_min;
     const float *zero_step;

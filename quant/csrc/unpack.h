@@ -53,6 +53,24 @@ INLINE void split_2bit(const uint8_t *codes, u32x8 words[WORDS]) {
     }
 }
 
+/* Take a block's codes apart; `nbits` is a constant wherever this is inlined. */
+INLINE void split_words(const uint8_t *codes, int nbits, u32x8 words[WORDS]) {
+    switch (nbits) {
+    case 8:
+        split_8bit(codes, words);
+        break;
+    case 4:
+        split_4bit(codes, words);
+        break;
+    case 3:
+        split_3bit(codes, words);
+        break;
+    default:
+        split_2bit(codes, words);
+        break;
+    }
+}
+
 /* What the eight rows of one panel share. */
 struct panel {
     const uint8_t *metadata;
@@ -94,20 +112,7 @@ INLINE void unpack_block(const struct panel *panel, int64_t index, int nbits, in
     const uint8_t *codes = panel->codes + index * (PANEL_ROWS * BLOCK_COLS / 8) * nbits;
     const uint8_t *metadata = panel->metadata + index * 2 * PANEL_ROWS * groups;
     u32x8 words[WORDS];
-    switch (nbits) {
-    case 8:
-        split_8bit(codes, words);
-        break;
-    case 4:
-        split_4bit(codes, words);
-        break;
-    case 3:
-        split_3bit(codes, words);
-        break;
-    default:
-        split_2bit(codes, words);
-        break;
-    }
+    split_words(codes, nbits, words);
     for (int group = 0; group < groups; group++) {
         f32x8 scale = panel->scale_step * group_codes(metadata, groups, group);
         f32x8 zero = panel->zero_min + panel->zero_step * group_codes(metadata + PANEL_ROWS * groups, groups, group);

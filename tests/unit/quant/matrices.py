@@ -16,6 +16,8 @@ ALL_SCHEMES = (BF16, FP16, *QUANTIZED)
 FIELDS = ("codes", "scale_codes", "zero_codes", "scale_step", "zero_min", "zero_step")
 
 schemes = st.sampled_from(QUANTIZED)
+all_schemes = st.sampled_from(ALL_SCHEMES)
+seeds = st.integers(0, 2**31)
 
 
 def name_of(scheme: Scheme) -> str:
@@ -40,11 +42,22 @@ def random_quantized(rows: int, cols: int, scheme: Scheme, seed: int = 0) -> Qua
 
 
 def zero_quantized(rows: int, cols: int, scheme: Scheme) -> QuantizedMatrix:
+    return constant_quantized(rows, cols, scheme, code=0, scale_code=0, zero_code=0, steps=(0.0, 0.0, 0.0))
+
+
+def constant_quantized(
+    rows: int, cols: int, scheme: Scheme, *, code: int, scale_code: int, zero_code: int,
+    steps: tuple[float, float, float],
+) -> QuantizedMatrix:  # fmt: skip
+    """Return a matrix that is the same everywhere; `steps` are scale_step, zero_min and zero_step."""
     assert scheme.group_size is not None
-    codes = torch.zeros(rows, cols, dtype=torch.uint8)
-    group_codes = torch.zeros(rows, cols // scheme.group_size, dtype=torch.uint8)
-    steps = torch.zeros(3, rows)
-    return QuantizedMatrix(scheme, codes, group_codes, group_codes.clone(), *steps)
+
+    def codes(n_cols: int, value: int) -> Tensor:
+        return torch.full((rows, n_cols), value, dtype=torch.uint8)
+
+    n_groups = cols // scheme.group_size
+    planes = [torch.full((rows,), step) for step in steps]
+    return QuantizedMatrix(scheme, codes(cols, code), codes(n_groups, scale_code), codes(n_groups, zero_code), *planes)
 
 
 @cache
@@ -56,3 +69,10 @@ def encoded(rows: int, cols: int, scheme: Scheme, *, name: str = "matrix", seed:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
+
+
+def have_equal_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two float32 tensors agree in every bit, zeros' signs too; all NaNs count as one."""
+    assert a.dtype == b.dtype == torch.float32
+    a_nan, b_nan = a.isnan(), b.isnan()
+    return torch.equal(a_nan, b_nan) and torch.equal(a.view(torch.int32)[~a_nan], b.view(torch.int32)[~b_nan])

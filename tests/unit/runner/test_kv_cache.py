@@ -14,27 +14,23 @@ def make_cache(context: int = 8, dtype: torch.dtype = torch.float32) -> KVCache:
     return KVCache(n_layers=2, n_kv_heads=1, context=context, head_dim=4, dtype=dtype)
 
 
-def test_what_is_written_is_read_back_behind_what_was_there() -> None:
-    cache = make_cache()
-    first, second = torch.randn(1, 2, 4), torch.randn(1, 3, 4)
-    cache.write(1, first, -first)
-    cache.advance(2)
-    cache.write(1, second, -second)
+def test_a_context_that_is_no_whole_number_of_blocks_has_room_for_all_its_tokens() -> None:
+    cache = make_cache(context=33)
 
-    keys, values = cache.read(1, 1, 5)
-
-    assert torch.equal(keys, torch.cat((first[:, 1:], second), dim=1))
-    assert torch.equal(values, -keys)
+    assert cache.values.shape == (2, 1, 64, 4)
+    assert cache.keys.shape == (2, 1, 2, 4, 32)
+    assert cache.context == 33
 
 
-def test_a_step_that_is_not_finished_leaves_no_trace() -> None:
-    cache = make_cache()
-    cache.write(0, torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+def test_tokens_count_once_every_layer_has_them() -> None:
+    cache = make_cache(context=8)
 
-    cache.write(0, torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+    cache.advance(5)
 
-    assert cache.length == 0
-    assert cache.read(0, 0, 2)[0].sum() == 0
+    assert cache.length == 5
+    cache.check_room(3)
+    with pytest.raises(ContextFull, match="5 are there, 4 more were asked for"):
+        cache.check_room(4)
 
 
 def test_a_sequence_longer_than_its_context_is_refused_with_the_figures() -> None:

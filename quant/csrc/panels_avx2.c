@@ -1,0 +1,366 @@
+/* The int8 kernels in AVX2. One 32-byte vector of codes holds, in each 32-bit lane, codes of one row: `vpmaddubsw`
+ * multiplies them with four broadcast activations and adds pairs, so rows never mix and no sum across lanes is needed.
+ *
+ * What makes them as fast as memory:
+ *   - Several panels far apart are walked at once (streams): one stream a core leaves half of the memory's speed unused.
+ *   - Each broadcast of activations serves all streams.
+ *   - Sums of pairs stay in 16 bits as long as they cannot overflow, and are widened once a block or half a block.
+ *   - The codes and the metadata of all streams are prefetched, at the end of a panel those of the next one, and so are
+ *     the three values of each row.
+ *
+ * Arrays below are registers: their lengths are constants wherever a function is inlined, and all loops unroll. */
+
+#include <immintrin.h>
+
+#include "exact.h"
+#include "half.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+enum {
+    STREAMS_MAX = 4,
+    VECTOR_NBYTES = 32,
+    PREFETCH_NBYTES = 768, /* of codes, ahead of what is computed */
+};
+
+/* A panel that is being walked, and what its rows share. */
+struct stream {
+    const uint8_t *metadata;
+    const uint8_t *codes;
+    __m256 zero_min;  /* for groups of 16: at the zero code 128 */
+    __m256 zero_step;
+};
+
+INLINE __m256i load(const uint8_t *at) { return _mm256_loadu_si256((const __m256i *)at); }
+
+INLINE __m256i broadcast(const uint8_t *at) {
+    int32_t value;
+    memcpy(&value, at, sizeof value);
+    return _mm256_set1_epi32(value);
+}
+
+INLINE __m256 broadcast_float(const uint8_t *at) {
+    float value;
+    memcpy(&value, at, sizeof value);
+    return _mm256_set1_ps(value);
+}
+
+/* Eight u8 as floats. */
+INLINE __m256 load_u8(const uint8_t *at) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)));
+}
+
+INLINE __m256i shifted(__m256i codes, int bits) { return bits == 0 ? codes : _mm256_srli_epi16(codes, bits); }
+
+INLINE __m256i masked(__m256i codes, int bits, int mask) {
+    return _mm256_and_si256(shifted(codes, bits), _mm256_set1_epi8((char)mask));
+}
+
+/* Multiply a word of codes of each stream with that word of each token, and add the pairs to 16-bit sums. */
+INLINE void multiply_word(int n_streams, int n_tokens, const __m256i words[], const uint8_t *x, int word, int is_first,
+                          __m256i pairs[STREAMS_MAX][TILE_TOKENS]) {
+    UNROLL for (int token = 0; token < n_tokens; token++) {
+        __m256i activations = broadcast(x + 4 * (word * n_tokens + token));
+        UNROLL for (int stream = 0; stream < n_streams; stream++) {
+            __m256i products = _mm256_maddubs_epi16(words[stream], activations);
+            pairs[stream][token] = is_first ? products : _mm256_add_epi16(pairs[stream][token], products);
+        }
+    }
+}
+
+/* Widen sums of pairs to 32 bits, a row a lane. */
+INLINE __m256i widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+
+/* 4 bits: 8 words of at most 2 * 15 * 127 a pair stay below 2^15, so half a block is added in 16 bits. */
+INLINE void dot_4bit(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
+                     __m256i dots[STREAMS_MAX][TILE_TOKENS]) {
+    UNROLL for (int half = 0; half < 2; half++) {
+        __m256i pairs[STREAMS_MAX][TILE_TOKENS];
+        UNROLL for (int v = 4 * half; v < 4 * half + 4; v++) {
+            __m256i low[STREAMS_MAX], high[STREAMS_MAX];
+            UNROLL for (int stream = 0; stream < n_streams; stream++) {
+                __m256i codes = load(streams[stream].codes + (8 * index + v) * VECTOR_NBYTES);
+                low[stream] = masked(codes, 0, 15);
+                high[stream] = masked(codes, 4, 15);
+            }
+            multiply_word(n_streams, n_tokens, low, x, 2 * v, v == 4 * half, pairs);
+            multiply_word(n_streams, n_tokens, high, x, 2 * v + 1, 0, pairs);
+        }
+        UNROLL for (int stream = 0; stream < n_streams; stream++) {
+            UNROLL for (int token = 0; token < n_tokens; token++) {
+                __m256i dot = widened(pairs[stream][token]);
+                dots[stream][token] = half == 0 ? dot : _mm256_add_epi32(dots[stream][token], dot);
+            }
+        }
+    }
+}
+
+/* 3 bits: all 16 words of at most 2 * 7 * 127 a pair stay below 2^15. */
+INLINE void dot_3bit(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
+                     __m256i dots[STREAMS_MAX][TILE_TOKENS]) {
+    __m256i pairs[STREAMS_MAX][TILE_TOKENS];
+    UNROLL for (int half = 0; half < 2; half++) {
+        __m256i merged[3][STREAMS_MAX], words[STREAMS_MAX];
+        UNROLL for (int v = 0; v < 3; v++) { /* two words lie in the low six bits of each vector */
+            UNROLL for (int stream = 0; stream < n_streams; stream++) {
+                merged[v][stream] = load(streams[stream].codes + (6 * index + 3 * half + v) * VECTOR_NBYTES);
+                words[stream] = masked(merged[v][stream], 0, 7);
+            }
+            multiply_word(n_streams, n_tokens, words, x, 8 * half + 2 * v, half == 0 && v == 0, pairs);
+            UNROLL for (int stream = 0; stream < n_streams; stream++) {
+                words[stream] = masked(merged[v][stream], 3, 7);
+            }
+            multiply_word(n_streams, n_tokens, words, x, 8 * half + 2 * v + 1, 0, pairs);
+        }
+        UNROLL for (int w = 0; w < 2; w++) { /* the other two in the upper bits: 2 + 1 of each */
+            UNROLL for (int stream = 0; stream < n_streams; stream++) {
+                words[stream] = _mm256_or_si256(masked(merged[w][stream], 6, 3), masked(merged[2][stream], 4 + w, 4));
+            }
+            multiply_word(n_streams, n_tokens, words, x, 8 * half + 6 + w, 0, pairs);
+        }
+    }
+    UNROLL for (int stream = 0; stream < n_streams; stream++) {
+        UNROLL for (int token = 0; token < n_tokens; token++) {
+            dots[stream][token] = widened(pairs[stream][token]);
+        }
+    }
+}
+
+/* 8 bits: a pair of products of u8 codes would overflow 16 bits. Codes less 128 are signed, and |q| times x with the
+ * sign of q stays below 2^15, but leaves no room for a second one. */
+INLINE void dot_8bit(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
+                     __m256i dots[STREAMS_MAX][TILE_TOKENS]) {
+    UNROLL for (int word = 0; word < WORDS_PER_BLOCK; word++) {
+        __m256i codes[STREAMS_MAX];
+        UNROLL for (int stream = 0; stream < n_streams; stream++) {
+            __m256i unsigned_codes = load(streams[stream].codes + (16 * index + word) * VECTOR_NBYTES);
+            codes[stream] = _mm256_xor_si256(unsigned_codes, _mm256_set1_epi8((char)0x80));
+        }
+        UNROLL for (int token = 0; token < n_tokens; token++) {
+            __m256i activations = broadcast(x + 4 * (word * n_tokens + token));
+            UNROLL for (int stream = 0; stream < n_streams; stream++) {
+                __m256i signed_x = _mm256_sign_epi8(activations, codes[stream]);
+                __m256i dot = widened(_mm256_maddubs_epi16(_mm256_abs_epi8(codes[stream]), signed_x));
+                dots[stream][token] = word == 0 ? dot : _mm256_add_epi32(dots[stream][token], dot);
+            }
+        }
+    }
+}
+
+/* Add a block to the sums, for groups of 64 inputs. */
+INLINE void add_block_g64(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
+                          int nbits, __m256 sums[STREAMS_MAX][TILE_TOKENS]) {
+    __m256i dots[STREAMS_MAX][TILE_TOKENS];
+    switch (nbits) {
+    case 8:
+        dot_8bit(n_streams, n_tokens, streams, index, x, dots);
+        break;
+    case 4:
+        dot_4bit(n_streams, n_tokens, streams, index, x, dots);
+        break;
+    default:
+        dot_3bit(n_streams, n_tokens, streams, index, x, dots);
+        break;
+    }
+    UNROLL for (int stream = 0; stream < n_streams; stream++) {
+        const uint8_t *metadata = streams[stream].metadata + index * 2 * PANEL_ROWS;
+        __m256 s = load_u8(metadata);
+        __m256 zero = _mm256_fmadd_ps(streams[stream].zero_step, load_u8(metadata + PANEL_ROWS), streams[stream].zero_min);
+        if (nbits == 8) {
+            zero = _mm256_sub_ps(zero, _mm256_set1_ps(128.0f));
+        }
+        UNROLL for (int token = 0; token < n_tokens; token++) {
+            __m256 scale = _mm256_mul_ps(s, broadcast_float(x + scales_at(n_tokens) + 4 * token));
+            __m256 sum_q = broadcast_float(x + sums_at(n_tokens) + 4 * token);
+            __m256 above_zero = _mm256_fnmadd_ps(zero, sum_q, _mm256_cvtepi32_ps(dots[stream][token]));
+            sums[stream][token] = _mm256_fmadd_ps(scale, above_zero, sums[stream][token]);
+        }
+    }
+}
+
+/* The scale codes of one group of four, each as the two 16-bit factors that its row's sums of pairs are multiplied by. */
+INLINE __m256i scales_of_group(__m256i scales, int group) {
+    __m256i places = _mm256_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1, /**/
+                                      0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1);
+    __m256i step = _mm256_set1_epi16((short)group); /* only the low bytes are places */
+    return _mm256_shuffle_epi8(scales, _mm256_add_epi16(places, step));
+}
+
+/* Add a block of 2-bit codes to the sums: four groups of 16 inputs, one vector of codes each. Everything up to the block's
+ * end is integer arithmetic; in 16-bit lanes a row's groups 0 and 2 lie side by side (even), and so do 1 and 3 (odd). */
+INLINE void add_block_g16(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
+                          __m256 sums[STREAMS_MAX][TILE_TOKENS]) {
+    __m256i scales[STREAMS_MAX], scaled_dots[STREAMS_MAX][TILE_TOKENS];
+    UNROLL for (int stream = 0; stream < n_streams; stream++) {
+        scales[stream] = load(streams[stream].metadata + 2 * index * VECTOR_NBYTES);
+    }
+    UNROLL for (int group = 0; group < 4; group++) {
+        /* Words 1 and 3 are multiplied where they lie, two bits up, which saves their shifts: times 4, at most 2 * 2 * 12 *
+         * 127 a pair. */
+        __m256i codes[STREAMS_MAX], words[STREAMS_MAX], pairs[STREAMS_MAX][TILE_TOKENS], pairs_x4[STREAMS_MAX][TILE_TOKENS];
+        UNROLL for (int half = 0; half < 2; half++) {
+            UNROLL for (int stream = 0; stream < n_streams; stream++) {
+                codes[stream] = shifted(load(streams[stream].codes + (4 * index + group) * VECTOR_NBYTES), 4 * half);
+                words[stream] = masked(codes[stream], 0, 3);
+            }
+            multiply_word(n_streams, n_tokens, words, x, 4 * group + 2 * half, half == 0, pairs);
+            UNROLL for (int stream = 0; stream < n_streams; stream++) {
+                words[stream] = masked(codes[stream], 0, 12);
+            }
+            multiply_word(n_streams, n_tokens, words, x, 4 * group + 2 * half + 1, half == 0, pairs_x4);
+        }
+        UNROLL for (int stream = 0; stream < n_streams; stream++) {
+            __m256i factors = scales_of_group(scales[stream], group);
+            UNROLL for (int token = 0; token < n_tokens; token++) {
+                __m256i sum = _mm256_add_epi16(pairs[stream][token], _mm256_srai_epi16(pairs_x4[stream][token], 2));
+                __m256i scaled = _mm256_madd_epi16(sum, factors);
+                scaled_dots[stream][token] = group == 0 ? scaled : _mm256_add_epi32(scaled_dots[stream][token], scaled);
+            }
+        }
+    }
+    const __m256i low_bytes = _mm256_set1_epi16(0xff);
+    UNROLL for (int stream = 0; stream < n_streams; stream++) {
+        __m256i zeros = load(streams[stream].metadata + (2 * index + 1) * VECTOR_NBYTES);
+        zeros = _mm256_xor_si256(zeros, _mm256_set1_epi8((char)0x80)); /* less 128, signed */
+        /* A scale with a zero byte beside it times two zeros is that scale times its zero. */
+        __m256i even = _mm256_and_si256(scales[stream], low_bytes), above = _mm256_xor_si256(scales[stream], even);
+        __m256i odd = _mm256_srli_epi16(scales[stream], 8);
+        __m256i even_products = _mm256_maddubs_epi16(even, zeros), odd_products = _mm256_maddubs_epi16(above, zeros);
+        UNROLL for (int token = 0; token < n_tokens; token++) {
+            __m256i even_x = broadcast(x + even_at(n_tokens) + 4 * token);
+            __m256i odd_x = broadcast(x + odd_at(n_tokens) + 4 * token);
+            __m256i b = _mm256_add_epi32(_mm256_madd_epi16(even, even_x), _mm256_madd_epi16(odd, odd_x));
+            __m256i c = _mm256_add_epi32(_mm256_madd_epi16(even_products, even_x),
+                                         _mm256_madd_epi16(odd_products, odd_x));
+            __m256 above_zero = _mm256_fnmadd_ps(streams[stream].zero_min, _mm256_cvtepi32_ps(b),
+                                                 _mm256_cvtepi32_ps(scaled_dots[stream][token]));
+            above_zero = _mm256_fnmadd_ps(streams[stream].zero_step, _mm256_cvtepi32_ps(c), above_zero);
+            __m256 scale = broadcast_float(x + scales_at(n_tokens) + 4 * token);
+            sums[stream][token] = _mm256_fmadd_ps(scale, above_zero, sums[stream][token]);
+        }
+    }
+}
+
+INLINE struct stream stream_at(const struct plan *plan, int64_t panel, int nbits) {
+    const uint8_t *start = plan->panels + panel * plan->panel_nbytes;
+    __m256 zero_min = _mm256_loadu_ps(plan->zero_min + panel * PANEL_ROWS);
+    __m256 zero_step = _mm256_loadu_ps(plan->zero_step + panel * PANEL_ROWS);
+    if (nbits == 2) {
+        zero_min = _mm256_fmadd_ps(zero_step, _mm256_set1_ps(128.0f), zero_min);
+    }
+    return (struct stream){start, start + plan->codes_offset, zero_min, zero_step};
+}
+
+/* The three values of each row of a panel that comes soon; planes are padded, so the panel behind the last one is at
+ * worst another plane's. */
+INLINE void prefetch_rows(const struct plan *plan, int64_t panel) {
+    _mm_prefetch((const char *)(plan->scale_step + panel * PANEL_ROWS), _MM_HINT_T0);
+    _mm_prefetch((const char *)(plan->zero_min + panel * PANEL_ROWS), _MM_HINT_T0);
+    _mm_prefetch((const char *)(plan->zero_step + panel * PANEL_ROWS), _MM_HINT_T0);
+}
+
+/* Where a block's codes and metadata lie that will be needed soon: so many blocks ahead, in the next panel if this one
+ * has no more. Both as offsets from the panel's own. */
+struct ahead {
+    int64_t codes;
+    int64_t metadata;
+};
+
+INLINE void prefetch_block(const struct stream *stream, struct ahead ahead, int nbits) {
+    UNROLL for (int line = 0; line < nbits; line++) { /* a block's codes are 64 nbits bytes */
+        _mm_prefetch((const char *)stream->codes + ahead.codes + 64 * line, _MM_HINT_T0);
+    }
+    _mm_prefetch((const char *)stream->metadata + ahead.metadata, _MM_HINT_T0);
+}
+
+/* Compute n_streams panels for a tile; both counts and nbits are constants wherever this is inlined. */
+INLINE void multiply_streams(int n_streams, int n_tokens, const struct plan *plan, const int64_t panels[], int nbits,
+                             const uint8_t *blocks, int64_t first_panel, float *const y[TILE_TOKENS]) {
+    struct stream streams[STREAMS_MAX];
+    __m256 sums[STREAMS_MAX][TILE_TOKENS];
+    UNROLL for (int stream = 0; stream < n_streams; stream++) {
+        streams[stream] = stream_at(plan, panels[stream], nbits);
+        prefetch_rows(plan, panels[stream] + 1);
+        UNROLL for (int token = 0; token < n_tokens; token++) {
+            sums[stream][token] = _mm256_setzero_ps();
+        }
+    }
+    const int64_t codes_nbytes = 64 * nbits, metadata_nbytes = nbits == 2 ? 64 : 16, n_ahead = PREFETCH_NBYTES / codes_nbytes;
+    struct ahead ahead = {n_ahead * codes_nbytes, n_ahead * metadata_nbytes};
+    for (int64_t index = 0; index < plan->n_blocks; index++) {
+        const uint8_t *x = blocks + index * block_nbytes_of(n_tokens);
+        if (index == plan->n_blocks - n_ahead) {
+            ahead.codes += plan->panel_nbytes - plan->n_blocks * codes_nbytes;
+            ahead.metadata += plan->panel_nbytes - plan->n_blocks * metadata_nbytes;
+        }
+        UNROLL for (int stream = 0; stream < n_streams; stream++) {
+            prefetch_block(&streams[stream], ahead, nbits);
+        }
+        ahead.codes += codes_nbytes;
+        ahead.metadata += metadata_nbytes;
+        if (nbits == 2) {
+            add_block_g16(n_streams, n_tokens, streams, index, x, sums);
+        } else {
+            add_block_g64(n_streams, n_tokens, streams, index, x, nbits, sums);
+        }
+    }
+    UNROLL for (int stream = 0; stream < n_streams; stream++) {
+        __m256 scale_step = _mm256_loadu_ps(plan->scale_step + panels[stream] * PANEL_ROWS);
+        UNROLL for (int token = 0; token < n_tokens; token++) {
+            f32x8 rows = (f32x8)_mm256_mul_ps(scale_step, sums[stream][token]);
+            store_rows(plan, panels[stream], rows, y[token] + (panels[stream] - first_panel) * PANEL_ROWS);
+        }
+    }
+}
+
+/* Walk a range of panels as n_streams ranges side by side; what is left over alone. */
+INLINE void multiply_range(int n_streams, int n_tokens, const struct plan *plan, int64_t first_panel, int64_t n_panels,
+                           int nbits, const uint8_t *blocks, float *const y[TILE_TOKENS]) {
+    int64_t stride = n_panels / n_streams;
+    for (int64_t i = 0; i < stride; i++) {
+        int64_t panels[STREAMS_MAX];
+        UNROLL for (int stream = 0; stream < n_streams; stream++) {
+            panels[stream] = first_panel + stream * stride + i;
+        }
+        multiply_streams(n_streams, n_tokens, plan, panels, nbits, blocks, first_panel, y);
+    }
+    for (int64_t panel = first_panel + n_streams * stride; panel < first_panel + n_panels; panel++) {
+        multiply_streams(1, n_tokens, plan, &panel, nbits, blocks, first_panel, y);
+    }
+}
+
+INLINE void multiply_tile(const struct plan *plan, int64_t first_panel, int64_t n_panels, const struct tile *tile,
+                          float *const y[TILE_TOKENS], int nbits) {
+    switch (tile->n_tokens) {
+    case 1: /* metadata is a stream of its own, which for groups of 16 is as much as half of the codes */
+        multiply_range(nbits == 2 ? 2 : 4, 1, plan, first_panel, n_panels, nbits, tile->blocks, y);
+        break;
+    case 2:
+        multiply_range(2, 2, plan, first_panel, n_panels, nbits, tile->blocks, y);
+        break;
+    case 3:
+        multiply_range(2, 3, plan, first_panel, n_panels, nbits, tile->blocks, y);
+        break;
+    default:
+        multiply_range(2, 4, plan, first_panel, n_panels, nbits, tile->blocks, y);
+        break;
+    }
+}
+
+#define ARGUMENTS                                                                                                      \
+    const struct plan *plan, int64_t first_panel, int64_t n_panels, const struct tile *tile, float *const y[TILE_TOKENS]
+
+static void int8_8bit(ARGUMENTS) { multiply_tile(plan, first_panel, n_panels, tile, y, 8); }
+
+static void int8_4bit(ARGUMENTS) { multiply_tile(plan, first_panel, n_panels, tile, y, 4); }
+
+static void int8_3bit(ARGUMENTS) { multiply_tile(plan, first_panel, n_panels, tile, y, 3); }
+
+static void int8_2bit(ARGUMENTS) { multiply_tile(plan, first_panel, n_panels, tile, y, 2); }
+
+const struct kernels avx2_kernels = {
+    .name = "avx2",
+    .quantize = quantize_token_avx2,
+    .int8 = {rows_bf16_avx2, rows_fp16_avx2, int8_8bit, int8_4bit, int8_3bit, int8_2bit},
+    .exact = {rows_bf16_avx2, rows_fp16_avx2, exact_8bit, exact_4bit, exact_3bit, exact_2bit},
+};

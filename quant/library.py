@@ -1,0 +1,70 @@
+"""The C library: found, loaded, its version checked; what its statuses mean. Knows none of its functions but one.
+
+The library is built when the package is installed with a C compiler; it lies in this package's directory (in an
+editable install, in the directory of the installed one, which is on the package's path too). Its calls release the
+interpreter's lock.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import quant
+from quant.errors import BadPart, ExpertMissing, QuantError, StaleLibrary, WorkspaceBusy, WorkspaceForked
+
+LIBRARY_FILE = "libexpertd_kernels.so"
+
+# Changes with the signatures or the meaning of anything the library exports.
+_ABI_VERSION = 2
+
+OK = 0
+
+_REASONS = {
+    1: "the format is not known",
+    2: "the shape cannot be stored in this format",
+    3: "a length is not what the shape needs",
+    4: "an address is not a multiple of 4",
+    5: "the part has no such rows",
+}
+_MISSING_EXPERT, _BUSY, _FORKED, _NO_WORKSPACE, _NO_MEMORY = 6, 7, 8, 9, 10
+
+
+def has_c_library() -> bool:
+    """Whether the C library is there; raise StaleLibrary if it is one of another version."""
+    return library() is not None
+
+
+# A process loads a library once whoever asks; this remembers that it did, and what it found.
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the library, None if it was not built; raise StaleLibrary."""
+    for folder in quant.__path__:
+        path = Path(folder) / LIBRARY_FILE
+        if path.is_file():
+            return _load(path)
+    return None
+
+
+def check_status(status: int, what: str) -> None:
+    """Raise the error that a status stands for, if it stands for one; `what` is what the call was about."""
+    if status == OK:
+        return
+    if status == _MISSING_EXPERT:
+        raise ExpertMissing(f"{what}: one was chosen that is not here")
+    if status == _BUSY:
+        raise WorkspaceBusy("this workspace computes in another thread; each thread needs a workspace of its own")
+    if status == _FORKED:
+        raise WorkspaceForked("this process was forked from the one whose threads these are; make a workspace here")
+    if status == _NO_MEMORY:
+        raise MemoryError(f"{what}: the system has no memory for what lies between the products")
+    if status == _NO_WORKSPACE:
+        raise QuantError(f"{what}: the workspace is closed")
+    raise BadPart(f"{what}: {_REASONS.get(status, f'status {status}')}")
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    version = loaded.expertd_abi_version()
+    if version != _ABI_VERSION:
+        raise StaleLibrary(f"{path}: version {version}, this code needs {_ABI_VERSION}; install the package again")
+    return loaded

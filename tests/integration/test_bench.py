@@ -1,0 +1,109 @@
+"""`runner bench`: the engine measured in this process, the command on files, and on a synthetic store with a daemon."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertd.convert.config import QuantizeConfig
+from protocol.handles import ExpertKey
+from runner.bench import BenchPlan, bench
+from runner.config import RunnerConfig
+from runner.engine import Engine
+from tests.support.daemon import DaemonProcess, run_expertd
+from tests.support.local_runner import start_runner
+from tests.support.local_store import LocalStore
+from tools.geometry import GEOMETRIES, MIXTRAL_8X7B
+from tools.synthetic_store.store import plan_synthetic_store, write_synthetic_store
+
+SMALL = replace(
+    GEOMETRIES[MIXTRAL_8X7B],
+    n_layers=3,
+    hidden=128,
+    intermediate=192,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    vocab=96,
+)
+PLAN = BenchPlan(prompt_tokens=6, context_tokens=9, decode_tokens=4, runs=2, seed=1)
+ARGUMENTS = ("--prompt-tokens", "6", "--context-tokens", "9", "--decode-tokens", "4", "--runs", "2")
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("synthetic") / "store"
+    write_synthetic_store(path, plan_synthetic_store(SMALL, QuantizeConfig(experts="2bit-g16")), seed=0)
+    return path
+
+
+@pytest.fixture
+def engine(synthetic: Path) -> Iterator[Engine]:
+    with Engine(LocalStore(synthetic), RunnerConfig(threads=1, context=16)) as engine:
+        yield engine
+
+
+def test_every_run_counts_but_the_one_that_warms_up(engine: Engine) -> None:
+    measured = bench(engine, PLAN)
+
+    assert measured.prefill is not None
+    assert measured.decode is not None
+    assert len(measured.prefill.samples) == len(measured.decode.samples) == 2
+    assert all(sample > 0 for sample in measured.prefill.samples + measured.decode.samples)
+
+
+def test_what_is_asked_for_0_tokens_is_not_measured(engine: Engine) -> None:
+    assert bench(engine, replace(PLAN, prompt_tokens=0)).prefill is None
+    assert bench(engine, replace(PLAN, decode_tokens=0)).decode is None
+
+
+def test_a_context_longer_than_the_configured_one_has_room(engine: Engine) -> None:
+    measured = bench(engine, replace(PLAN, context_tokens=40))
+
+    assert measured.decode is not None
+
+
+def test_a_synthetic_model_computes_finite_logits_of_unit_size_with_every_expert(synthetic: Path) -> None:
+    store = LocalStore(synthetic)
+    with Engine(store, RunnerConfig(threads=1, context=256)) as engine:
+        logits = engine.logits(torch.randint(SMALL.vocab, (256,), generator=torch.Generator().manual_seed(0)).tolist())
+
+    keys = {ExpertKey(layer, expert) for layer in range(SMALL.n_layers) for expert in range(SMALL.experts)}
+    assert store.touched == keys
+    assert 0.5 < logits.std() < 2
+
+
+def test_the_command_prints_one_json_object(synthetic: Path) -> None:
+    with start_runner("bench", synthetic, *ARGUMENTS, "--threads", "1", "--json") as process:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+
+    figures = json.loads(out)
+    assert (process.returncode, err) == (0, b"")
+    assert len(figures["decode_tokens_per_s_samples"]) == 2
+    assert figures["threads"] == 1
+
+
+def test_nothing_to_measure_is_a_wrong_command_line(synthetic: Path) -> None:
+    with start_runner("bench", synthetic, "--prompt-tokens", "0", "--decode-tokens", "0") as process:
+        _, err = process.communicate(timeout=TIMEOUT_S)
+
+    assert process.returncode == 2
+    assert err.decode().count("\n") == 1
+    assert b"nothing to measure" in err
+
+
+def test_expertd_verifies_and_serves_a_synthetic_store(synthetic: Path, daemon: DaemonProcess) -> None:
+    verified = run_expertd("verify", synthetic)
+    loaded = run_expertd("load", synthetic)
+    command = [sys.executable, "-m", "runner", "bench", "--store", str(synthetic), *ARGUMENTS]
+    measured = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+    assert (verified.returncode, loaded.returncode, measured.returncode) == (0, 0, 0), measured.stderr
+    assert daemon.is_alive()
+    assert "decode of 4 tokens behind 9" in measured.stdout
