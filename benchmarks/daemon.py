@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.errors import CommandFailed
 from benchmarks.figures import Figure
 from benchmarks.processes import Environment
 
@@ -41,7 +42,7 @@ def measure_start(environment: Environment, _store: Path, runs: int) -> list[Fig
         )
         os.close(writer)
         if os.read(reader, 1) != b"R":
-            raise SystemExit("the daemon did not become ready")
+            raise CommandFailed("the daemon did not become ready")
         ready_s.append(time.perf_counter() - start)
         os.close(reader)
         status = json.loads(environment.expertd("status", "--json"))

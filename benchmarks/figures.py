@@ -1,5 +1,6 @@
 """A measured quantity: its samples, and how it is shown. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
@@ -20,6 +21,11 @@ class Figure:
     def as_json(self) -> dict[str, object]:
         """Return it with its summary."""
         return asdict(self) | {"median": self.median, "least": min(self.samples), "greatest": max(self.samples)}
+
+
+def ratios(values: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+    """Return each value over the other one of its round."""
+    return tuple(value / other for value, other in zip(values, others, strict=True))
 
 
 def table(figures: list[Figure]) -> str:

@@ -40,7 +40,7 @@ def describe_machine() -> Machine:
     """Return the machine this process runs on."""
     import torch
 
-    from quant.kernels import has_c_library
+    from quant.library import has_c_library
 
     return Machine(
         cpu=_cpu_model(),

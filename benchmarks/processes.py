@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.errors import CommandFailed
+
 _MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 
 
@@ -24,29 +26,46 @@ class Environment:
         return dict(os.environ) | {"EXPERTD_RUNTIME_DIR": str(self.runtime_dir)}
 
     def expertd(self, *arguments: str) -> str:
-        """Run `expertd` and return its standard output; raise CalledProcessError."""
+        """Run `expertd` and return its standard output; raise CommandFailed."""
         return self._run("expertd", *arguments)
 
     def runner(self, *arguments: str) -> str:
-        """Run `runner` and return its standard output; raise CalledProcessError."""
+        """Run `runner` and return its standard output; raise CommandFailed."""
         return self._run("runner", *arguments)
 
     @contextmanager
     def daemon(self, store: Path | None = None) -> Iterator[None]:
         """Have a daemon run, with a store in memory perhaps, and stop it at the end."""
-        self.expertd("start", *([str(store)] if store else []))
         try:
+            self.expertd("start", *([str(store)] if store else []))
             yield
         finally:
-            with suppress(subprocess.CalledProcessError):
+            with suppress(CommandFailed):
                 self.expertd("stop")
 
     def _run(self, module: str, *arguments: str) -> str:
         command = [sys.executable, "-m", module, *arguments]
         result = subprocess.run(command, env=self.variables, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise SystemExit(f"{' '.join(command)} failed: {result.stderr.strip()}")
+            raise CommandFailed(
+                f"{module} {arguments[0]}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
+            )
         return result.stdout
+
+
+@dataclass(frozen=True, slots=True)
+class SwapState:
+    """The machine's swap: what is in use, and how many pages went in or out since it was started."""
+
+    used_nbytes: int
+    n_pages_moved: int
+
+
+def read_swap() -> SwapState:
+    """Return the machine's swap now."""
+    meminfo, vmstat = Path("/proc/meminfo"), Path("/proc/vmstat")
+    used = _kilobytes(meminfo, "SwapTotal:") - _kilobytes(meminfo, "SwapFree:")
+    return SwapState(used * 1024, _kilobytes(vmstat, "pswpin ") + _kilobytes(vmstat, "pswpout "))
 
 
 def shmem_nbytes() -> int:
@@ -73,4 +92,4 @@ def _kilobytes(path: Path, name: str) -> int:
     for line in path.read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1])
-    raise SystemExit(f"{path} does not say {name}")
+    raise CommandFailed(f"{path} does not say {name}")

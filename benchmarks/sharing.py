@@ -5,6 +5,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.errors import CommandFailed
 from benchmarks.figures import Figure
 from benchmarks.processes import Environment, private_dirty_nbytes, shmem_nbytes
 
@@ -58,5 +59,5 @@ def _wait(process: "subprocess.Popen[str]") -> int:
     """Wait until the runner has generated; return the bytes of its kv_cache when full."""
     line = process.stdout.readline() if process.stdout else ""
     if not line:
-        raise SystemExit("a runner failed")
+        raise CommandFailed("a runner failed")
     return int(line.split()[1])

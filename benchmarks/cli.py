@@ -1,0 +1,162 @@
+"""The command `python -m benchmarks NAME`, which `make bench` runs. Owns flags, printed tables, JSON and exit codes."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from benchmarks.bandwidth import measure_bandwidth
+from benchmarks.demo import measure_demo
+from benchmarks.errors import BenchmarkError
+from benchmarks.expert_kernels import measure_kernels
+from benchmarks.figures import Figure, table
+from benchmarks.full import measure_full
+from benchmarks.layers import measure_layers
+from benchmarks.machine import describe_machine
+from benchmarks.peer import LLAMA_BENCH, find_llama_bench
+from benchmarks.processes import Environment
+from benchmarks.settings import Settings
+from benchmarks.several import measure_several
+from benchmarks.store import measure_store
+from tools.demo.cache import cache_folder
+
+Measure = Callable[[Environment, Settings], list[Figure]]
+
+# In the order in which `all` runs them; what is not in it writes tens of GB and runs only when named.
+BENCHMARKS: dict[str, Measure] = {
+    "bandwidth": lambda _, settings: measure_bandwidth(settings),
+    "kernels": lambda _, settings: measure_kernels(settings),
+    "layers": measure_layers,
+    "demo": measure_demo,
+    "several": measure_several,
+    "store": measure_store,
+}
+ON_REQUEST: dict[str, Measure] = {"full": measure_full}
+
+_NEEDS_STORE = ("demo", "several", "store")
+_NEEDS_PEER = ("demo",)
+_SCHEMES = Settings(Path()).schemes
+
+_NAMES = (*BENCHMARKS, *ON_REQUEST)
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("names", type=click.Choice(["all", *_NAMES]), nargs=-1)
+@click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="How often all is measured.")
+@click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, help="The most threads, of both.")
+@click.option("--scheme", "schemes", type=click.Choice(_SCHEMES), multiple=True, help="Only these; all if not given.")
+@click.option("--store", type=_PATH, help="The store for demo, several and store; that of `make demo` if not given.")
+@click.option("--text", type=_PATH, help="A text in UTF-8 for perplexity, which is left out without it.")
+@click.option("--llama-bench", type=_PATH, help="llama.cpp's program; the one on PATH if not given.")
+@click.option("--prototype", type=_PATH, help="Another implementation's C file, for kernels; left out without it.")
+@click.option("--demo-checkpoint", type=_PATH, help="The demo's checkpoint, if there is one; built if not given.")
+@click.option("--demo-source", type=_PATH, help="The GGUF that it is built from; downloaded (93 MB) if not given.")
+@click.option("--out", type=_PATH, help="Where the JSON goes.")
+def cli(
+    names: tuple[str, ...],
+    *,
+    rounds: int,
+    threads: int,
+    schemes: tuple[str, ...],
+    out: Path | None,
+    **paths: Path | None,
+) -> None:
+    """Measure what NAMES say, or `all` but full, which writes 36 GB and runs only when named.
+
+    \b
+    bandwidth  how fast memory is read        kernels  one expert of Mixtral's size
+    layers     a layer, beside llama.cpp      demo     the demo's model, beside llama.cpp
+    several    runners at the same time       store    daemon, sharing, first token
+    full       a whole Mixtral-8x7B of 2 and 3 bits
+    """
+    if out is not None and not out.absolute().parent.is_dir():
+        raise click.UsageError(f"--out: {out.absolute().parent} is no folder")
+    try:
+        settings = _settings(rounds, threads, schemes, paths)
+    except BenchmarkError as error:
+        _complain(error)
+        sys.exit(1)
+    chosen = _chosen(names, settings)
+    figures = _measure(chosen, settings)
+    _report(figures, out)
+    sys.exit(len(figures) < len(chosen))
+
+
+def _settings(rounds: int, threads: int, schemes: tuple[str, ...], paths: dict[str, Path | None]) -> Settings:
+    demo_folder = cache_folder(os.environ, Path.home())
+    given = {name: path and path.absolute() for name, path in paths.items()}
+    return Settings(
+        folder=demo_folder.parent / "bench",
+        rounds=rounds,
+        threads=threads,
+        store=given["store"] or _newest_demo_store(demo_folder),
+        text=given["text"],
+        llama_bench=find_llama_bench(given["llama_bench"]),
+        prototype=given["prototype"],
+        schemes=schemes or _SCHEMES,
+        demo_checkpoint=given["demo_checkpoint"],
+        demo_source=given["demo_source"],
+    )
+
+
+def _chosen(names: Sequence[str], settings: Settings) -> list[str]:
+    """Return what to measure: what was named; for `all`, or nothing, what there is all for, saying what is left out."""
+    if names and "all" not in names:
+        return list(dict.fromkeys(names))
+    chosen = []
+    for name in BENCHMARKS:
+        if name in _NEEDS_STORE and settings.store is None:
+            click.echo(f"{name} is left out: there is no demo store; `make demo` makes one", err=True)
+        elif name in _NEEDS_PEER and settings.llama_bench is None:
+            click.echo(
+                f"{name} is left out: {LLAMA_BENCH} is not on PATH; docs/performance.md says how to get it", err=True
+            )
+        else:
+            chosen.append(name)
+    if settings.llama_bench is None and "layers" in chosen:
+        click.echo(f"layers is measured without llama.cpp: no {LLAMA_BENCH} on PATH", err=True)
+    return chosen + [name for name in ON_REQUEST if name in names]
+
+
+def _measure(names: Sequence[str], settings: Settings) -> dict[str, list[Figure]]:
+    """Return the figures of all that succeed; of what does not, say why."""
+    figures = {}
+    with tempfile.TemporaryDirectory(prefix="expertd-bench-") as runtime_dir:
+        Path(runtime_dir).chmod(0o700)
+        environment = Environment(Path(runtime_dir) / "run")
+        for name in names:
+            click.echo(f"{name} …", err=True)
+            try:
+                figures[name] = (BENCHMARKS | ON_REQUEST)[name](environment, settings)
+            except BenchmarkError as error:
+                # The others may have taken hours, or will.
+                _complain(error)
+    return figures
+
+
+def _complain(error: BenchmarkError) -> None:
+    click.echo(f"benchmarks: {error}", err=True)
+
+
+def _report(figures: dict[str, list[Figure]], out: Path | None) -> None:
+    machine = describe_machine()
+    click.echo(f"{machine.summary}\ncommit {machine.commit}")
+    for name, measured in figures.items():
+        click.echo(f"\n{name}\n\n{table(measured)}")
+    if out is not None:
+        document = {
+            "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+            "machine": machine.as_json(),
+            "figures": {name: [figure.as_json() for figure in measured] for name, measured in figures.items()},
+        }
+        out.write_text(json.dumps(document, indent=1))
+
+
+def _newest_demo_store(folder: Path) -> Path | None:
+    manifests = sorted(folder.glob("store-*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    return manifests[-1].parent if manifests else None
