@@ -7,10 +7,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
+# What `make sanitize` looks for: address,undefined or thread.
+SANITIZE ?= address,undefined
+SANITIZED := build/sanitize/$(SANITIZE)
+ifeq ($(SANITIZE),thread)
+SANITIZER_RUNTIME := libtsan.so
+# The thread sanitizer follows no threads that are started after a fork.
+SANITIZED_TESTS := $(addprefix tests/unit/quant/test_,workspace.py products.py layer_experts.py) -k 'not forked'
+else
+SANITIZER_RUNTIME := libasan.so
+SANITIZED_TESTS := tests/unit/quant tests/unit/runner/test_in_place.py --ignore-glob='*solver*'
+endif
+
 # hqq compiles an extension nobody here uses wherever it sees nvcc.
 export DISABLE_CUDA := 1
 
-.PHONY: help setup demo test test-long check bench format clean
+.PHONY: help setup demo test test-long sanitize cross-check check bench format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +46,17 @@ test: setup  ## everything that runs without a GPU, in minutes
 
 test-long: setup  ## the same and what takes longer
 	$(BIN)/python -m pytest --run-slow
+
+sanitize: setup  ## the kernels' tests on a library that watches its memory; SANITIZE=thread: its threads
+	@command -v cmake >/dev/null && command -v gcc >/dev/null || { echo "make sanitize needs cmake and gcc"; exit 1; }
+	cmake -S . -B $(SANITIZED) -DCMAKE_C_COMPILER=gcc -DCMAKE_BUILD_TYPE=Release -DEXPERTD_SANITIZE=$(SANITIZE)
+	cmake --build $(SANITIZED)
+	OMP_NUM_THREADS=1 LD_PRELOAD=$$(gcc -print-file-name=$(SANITIZER_RUNTIME)) ASAN_OPTIONS=detect_leaks=0 \
+	  TSAN_OPTIONS=suppressions=tests/support/thread_sanitizer.txt \
+	  $(BIN)/python -m pytest -p tests.support.other_kernels --kernels-from $(SANITIZED) $(SANITIZED_TESTS)
+
+cross-check: setup  ## the kernels' results on aarch64, under emulation, bit for bit those of this machine
+	@$(BIN)/python -m tests.cross_check
 
 check: setup  ## style, types, who may import whom
 	$(BIN)/ruff check .

@@ -93,7 +93,7 @@ class LayerExperts:
         self._choice_address = ctypes.byref(self._choice)
 
     def has(self, expert: int) -> bool:
-        """Whether that expert was put here."""
+        """Whether that expert was put here; the layer has to have such an expert at all."""
         return self._experts[expert] is not None
 
     def put(self, expert_id: int, expert: Expert | None) -> None:

@@ -23,7 +23,7 @@ _REASONS = {
     1: "the format is not known",
     2: "the shape cannot be stored in this format",
     3: "a length is not what the shape needs",
-    4: "an address is not a multiple of 4",
+    4: "an address is no multiple of what it points to",
     5: "the part has no such rows",
 }
 _MISSING_EXPERT, _BUSY, _FORKED, _NO_WORKSPACE, _NO_MEMORY = 6, 7, 8, 9, 10

@@ -11,13 +11,19 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from quant.errors import QuantError
 from quant.library import check_status, library
+
+# csrc/workspace.c
+THREADS_MAX = 1024
 
 
 class Workspace:
     """`n_threads` threads, the caller's among them; close it, or use it in a `with`."""
 
     def __init__(self, n_threads: int = 1) -> None:
+        if not 1 <= n_threads <= THREADS_MAX:
+            raise QuantError(f"a workspace has 1 to {THREADS_MAX} threads, not {n_threads}")
         self.n_threads = n_threads
         self._library = library()
         # What the library's functions take; None once closed, or without the library.
@@ -40,10 +46,11 @@ class Workspace:
         self.close()
 
     def close(self) -> None:
-        """End the threads and give the memory back."""
-        address, self.address = getattr(self, "address", None), None
+        """End the threads and give the memory back; raise WorkspaceBusy if another thread computes with them."""
+        address = getattr(self, "address", None)
         if address is not None and self._library is not None:
-            self._library.expertd_workspace_stop(address)
+            check_status(self._library.expertd_workspace_stop(address), "closing a workspace")
+        self.address = None
 
     @contextmanager
     def awake(self) -> Iterator[None]:

@@ -63,7 +63,7 @@ def _engine_options(command: _Command) -> _Command:
         click.option("--store", "store_dir", type=click.Path(path_type=Path), required=True, help="The store."),
         click.option("--device", type=click.Choice(DEVICES), help="Where to compute."),
         click.option("--threads", type=int, help="How many threads compute; one per physical core if not set."),
-        click.option("--exact", is_flag=True, default=None, help="Keep keys and values in 32 bits."),
+        click.option("--exact", is_flag=True, default=None, help="Compute with 32-bit floats throughout; slower."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
     )
     for option in reversed(options):

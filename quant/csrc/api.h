@@ -30,7 +30,7 @@ enum expertd_status {
     EXPERTD_UNKNOWN_FORMAT = 1,
     EXPERTD_BAD_SHAPE = 2,      /* rows or cols that the format cannot store, or matrices that do not fit together */
     EXPERTD_BAD_LENGTH = 3,     /* a part, an array or a count has not the length that its shape needs */
-    EXPERTD_BAD_ALIGNMENT = 4,  /* a pointer is null or not a multiple of 4 */
+    EXPERTD_BAD_ALIGNMENT = 4,  /* a pointer is null, or not a multiple of what it points to */
     EXPERTD_BAD_ROWS = 5,       /* the part has no such rows */
     EXPERTD_MISSING_EXPERT = 6, /* chosen, but not given */
     EXPERTD_BUSY = 7,           /* another thread computes with this workspace */

@@ -2,7 +2,7 @@
 
 /* In weights times tokens, each about a fiftieth of a nanosecond. */
 static const int64_t item_least = 1 << 15;
-static const int64_t item_greatest = 1 << 22;
+static const int64_t item_greatest = 1 << 21;
 
 static const int64_t items_per_thread = 8;
 static const int64_t cached_nbytes = 256 * 1024;

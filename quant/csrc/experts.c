@@ -17,6 +17,7 @@
 enum {
     EXPERTS_MAX = 1024, /* of a layer */
     USES_MAX = 1 << 20, /* of experts by tokens, in one call */
+    HIDDEN_SIZE_MAX = 1 << 24,
     ROUND_USES = 64,
     INNER_UNIT = BLOCK_COLS / PANEL_ROWS, /* an item's rows are whole blocks of the next product's inputs */
     INNER_PANELS_MAX = 64,
@@ -319,15 +320,19 @@ static int check_ids(const struct expertd_choice *choice) {
 }
 
 static int check_choice(const struct expertd_choice *choice) {
-    if (choice->n_experts < 1 || choice->n_experts > EXPERTS_MAX || choice->hidden_size < 1 || choice->top_k < 1 ||
+    if (choice == NULL) {
+        return EXPERTD_BAD_ALIGNMENT;
+    }
+    if (choice->n_experts < 1 || choice->n_experts > EXPERTS_MAX || choice->hidden_size < 1 ||
+        choice->hidden_size > HIDDEN_SIZE_MAX || choice->top_k < 1 ||
         choice->top_k > choice->n_experts || choice->n_tokens < 0 || choice->n_tokens > USES_MAX / choice->top_k) {
         return EXPERTD_BAD_LENGTH;
     }
     if (choice->n_tokens == 0) {
         return EXPERTD_OK;
     }
-    bool are_aligned = is_aligned(choice->hidden_states) && is_aligned(choice->expert_ids) &&
-                       is_aligned(choice->contributions) && choice->experts != NULL;
+    bool are_aligned = is_aligned(choice->hidden_states) && is_aligned(choice->contributions) &&
+                       is_aligned_to(8, choice->expert_ids) && is_aligned_to(8, choice->experts);
     if (!are_aligned || (choice->out != NULL && (!is_aligned(choice->out) || !is_aligned(choice->weights)))) {
         return EXPERTD_BAD_ALIGNMENT;
     }

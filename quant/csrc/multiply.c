@@ -82,6 +82,9 @@ static int open_products(const struct expertd_product *given, int64_t n_products
     if (n_products < 1 || n_products > PRODUCTS_MAX) {
         return EXPERTD_BAD_LENGTH;
     }
+    if (given == NULL) {
+        return EXPERTD_BAD_ALIGNMENT;
+    }
     *products = (struct products){.x = x, .cols = given[0].part.cols, .n_tokens = n_tokens};
     for (int64_t i = 0; i < n_products; i++) {
         int status = open_product(&given[i], is_exact, products);

@@ -20,7 +20,6 @@
 enum {
     STREAMS_MAX = 4,
     VECTOR_NBYTES = 32,
-    PREFETCH_NBYTES = 768, /* of codes, ahead of what is computed */
 };
 
 /* A panel that is being walked, and what its rows share. */
@@ -186,6 +185,15 @@ INLINE __m256i scales_of_group(__m256i scales, int group) {
     return _mm256_shuffle_epi8(scales, _mm256_add_epi16(places, step));
 }
 
+/* Multiply the four words of a group with one token's, and add the pairs. */
+INLINE __m256i pairs_of_group(const __m256i words[4], const uint8_t *x, int group, int n_tokens, int token) {
+    __m256i products[4];
+    UNROLL for (int word = 0; word < 4; word++) {
+        products[word] = _mm256_maddubs_epi16(words[word], broadcast(x + 4 * ((4 * group + word) * n_tokens + token)));
+    }
+    return _mm256_add_epi16(_mm256_add_epi16(products[0], products[1]), _mm256_add_epi16(products[2], products[3]));
+}
+
 /* Add a block of 2-bit codes to the sums: four groups of 16 inputs, one vector of codes each. Everything up to the block's
  * end is integer arithmetic; in 16-bit lanes a row's groups 0 and 2 lie side by side (even), and so do 1 and 3 (odd). */
 INLINE void add_block_g16(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
@@ -195,25 +203,14 @@ INLINE void add_block_g16(int n_streams, int n_tokens, const struct stream strea
         scales[stream] = load(streams[stream].metadata + 2 * index * VECTOR_NBYTES);
     }
     UNROLL for (int group = 0; group < 4; group++) {
-        /* Words 1 and 3 are multiplied where they lie, two bits up, which saves their shifts: times 4, at most 2 * 2 * 12 *
-         * 127 a pair. */
-        __m256i codes[STREAMS_MAX], words[STREAMS_MAX], pairs[STREAMS_MAX][TILE_TOKENS], pairs_x4[STREAMS_MAX][TILE_TOKENS];
-        UNROLL for (int half = 0; half < 2; half++) {
-            UNROLL for (int stream = 0; stream < n_streams; stream++) {
-                codes[stream] = shifted(load(streams[stream].codes + (4 * index + group) * VECTOR_NBYTES), 4 * half);
-                words[stream] = masked(codes[stream], 0, 3);
-            }
-            multiply_word(n_streams, n_tokens, words, x, 4 * group + 2 * half, half == 0, pairs);
-            UNROLL for (int stream = 0; stream < n_streams; stream++) {
-                words[stream] = masked(codes[stream], 0, 12);
-            }
-            multiply_word(n_streams, n_tokens, words, x, 4 * group + 2 * half + 1, half == 0, pairs_x4);
-        }
         UNROLL for (int stream = 0; stream < n_streams; stream++) {
+            __m256i codes = load(streams[stream].codes + (4 * index + group) * VECTOR_NBYTES), words[4];
             __m256i factors = scales_of_group(scales[stream], group);
+            UNROLL for (int word = 0; word < 4; word++) {
+                words[word] = masked(codes, 2 * word, 3);
+            }
             UNROLL for (int token = 0; token < n_tokens; token++) {
-                __m256i sum = _mm256_add_epi16(pairs[stream][token], _mm256_srai_epi16(pairs_x4[stream][token], 2));
-                __m256i scaled = _mm256_madd_epi16(sum, factors);
+                __m256i scaled = _mm256_madd_epi16(pairs_of_group(words, x, group, n_tokens, token), factors);
                 scaled_dots[stream][token] = group == 0 ? scaled : _mm256_add_epi32(scaled_dots[stream][token], scaled);
             }
         }
@@ -259,6 +256,10 @@ INLINE void prefetch_rows(const struct plan *plan, int64_t panel) {
     _mm_prefetch((const char *)(plan->zero_step + panel * PANEL_ROWS), _MM_HINT_T0);
 }
 
+/* Return how many blocks ahead of what is computed data is prefetched: far enough that memory has answered, near enough
+ * that what came is still in the first-level cache. Measured; panels of 2 bits are fewer streams (see multiply_tile). */
+INLINE int64_t blocks_ahead(int nbits) { return nbits == 2 ? 18 : 12 / nbits; }
+
 /* Where a block's codes and metadata lie that will be needed soon: so many blocks ahead, in the next panel if this one
  * has no more. Both as offsets from the panel's own. */
 struct ahead {
@@ -285,7 +286,7 @@ INLINE void multiply_streams(int n_streams, int n_tokens, const struct plan *pla
             sums[stream][token] = _mm256_setzero_ps();
         }
     }
-    const int64_t codes_nbytes = 64 * nbits, metadata_nbytes = nbits == 2 ? 64 : 16, n_ahead = PREFETCH_NBYTES / codes_nbytes;
+    const int64_t codes_nbytes = 64 * nbits, metadata_nbytes = nbits == 2 ? 64 : 16, n_ahead = blocks_ahead(nbits);
     struct ahead ahead = {n_ahead * codes_nbytes, n_ahead * metadata_nbytes};
     for (int64_t index = 0; index < plan->n_blocks; index++) {
         const uint8_t *x = blocks + index * block_nbytes_of(n_tokens);
@@ -338,11 +339,11 @@ INLINE void multiply_tile(const struct plan *plan, int64_t first_panel, int64_t 
     case 2:
         multiply_range(2, 2, plan, first_panel, n_panels, nbits, tile->blocks, y);
         break;
-    case 3:
-        multiply_range(2, 3, plan, first_panel, n_panels, nbits, tile->blocks, y);
+    case 3: /* groups of 16 need registers for their metadata, and leave them for one stream only */
+        multiply_range(nbits == 2 ? 1 : 2, 3, plan, first_panel, n_panels, nbits, tile->blocks, y);
         break;
     default:
-        multiply_range(2, 4, plan, first_panel, n_panels, nbits, tile->blocks, y);
+        multiply_range(nbits == 2 ? 1 : 2, 4, plan, first_panel, n_panels, nbits, tile->blocks, y);
         break;
     }
 }

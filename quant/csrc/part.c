@@ -54,6 +54,9 @@ static int64_t place_planes(const struct expertd_part *part, struct plan *plan) 
 }
 
 int check_part(const struct expertd_part *part, int64_t first_row, int64_t n_rows, struct plan *plan) {
+    if (part == NULL) {
+        return EXPERTD_BAD_ALIGNMENT;
+    }
     if (!describe_format(part->format, plan)) {
         return EXPERTD_UNKNOWN_FORMAT;
     }

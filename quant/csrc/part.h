@@ -36,7 +36,11 @@ struct plan {
 /* Return EXPERTD_OK and the plan, or what is wrong with the part or the range of rows. */
 int check_part(const struct expertd_part *part, int64_t first_row, int64_t n_rows, struct plan *plan);
 
-/* Return whether `floats` may hold float32 values at all. */
-static inline bool is_aligned(const void *floats) { return floats != NULL && (uintptr_t)floats % 4 == 0; }
+/* Return whether values of so many bytes may lie there at all. */
+static inline bool is_aligned_to(uintptr_t nbytes, const void *values) {
+    return values != NULL && (uintptr_t)values % nbytes == 0;
+}
+
+static inline bool is_aligned(const void *floats) { return is_aligned_to(4, floats); }
 
 #endif

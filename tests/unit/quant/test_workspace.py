@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from protocol.schemes import BF16, Q4_G64
-from quant.errors import BadPart, QuantError, WorkspaceBusy, WorkspaceForked
+from quant.errors import QuantError, WorkspaceBusy, WorkspaceForked
 from quant.kernels import Product
 from quant.workspace import Workspace
 from tests.support.waiting import wait_until
@@ -60,7 +60,7 @@ def test_threads_end_when_the_workspace_is_closed_or_forgotten() -> None:
     del forgotten
     gc.collect()
 
-    wait_until(lambda: thread_ids() == before, "the end of the workspaces' threads")
+    wait_until(lambda: thread_ids() <= before, "the end of the workspaces' threads")
 
 
 def test_two_hundred_workspaces_leave_no_thread_and_no_descriptor() -> None:
@@ -71,7 +71,7 @@ def test_two_hundred_workspaces_leave_no_thread_and_no_descriptor() -> None:
         with Workspace(1 + i % 4) as workspace:
             product_of(workspace)(x)
 
-    wait_until(lambda: thread_ids() == threads, "the end of the workspaces' threads")
+    wait_until(lambda: thread_ids() <= threads, "the end of the workspaces' threads")
     assert n_descriptors() == descriptors
 
 
@@ -248,7 +248,7 @@ def test_a_closed_workspace_computes_no_more_and_may_be_closed_again() -> None:
 
 @pytest.mark.parametrize("n_threads", [0, -1, 1025])
 def test_a_number_of_threads_that_cannot_be_is_refused(n_threads: int) -> None:
-    with pytest.raises(BadPart, match=f"{n_threads} threads"):
+    with pytest.raises(QuantError, match=f"1 to 1024 threads, not {n_threads}"):
         Workspace(n_threads)
 
 
