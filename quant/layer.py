@@ -141,8 +141,8 @@ class Attention:
         # Held, since the library knows addresses only.
         self._past, self._angles = past, angles
         self._start, self._rows, self._window, self._workspace = start, rows, window, workspace
-        self._queries_shape = (n_rows, n_heads * head_dim)
-        self._keys_shape = (n_rows, n_kv_heads * head_dim)
+        self.queries_shape = (n_rows, n_heads * head_dim)
+        self.keys_shape = (n_rows, n_kv_heads * head_dim)
         self._c_attention = _CAttention(
             past_keys=past[0].data_ptr(),
             past_values=past[1].data_ptr(),
@@ -164,15 +164,20 @@ class Attention:
         )
         self._c_address = ctypes.byref(self._c_attention)
 
+    @property
+    def address(self) -> int:
+        """Where the library finds what it has to know of this attention, as long as this object lives."""
+        return ctypes.addressof(self._c_attention)
+
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, out: Tensor) -> None:
         """Put the new keys and values into that layer's cache and write the attention into these rows of `out`.
 
         All are f32: queries and out [n_rows, n_heads * D], keys and values [n_rows, n_kv_heads * D]. Raise BadShape.
         """
-        _check_floats("queries", queries, self._queries_shape)
-        _check_floats("keys", keys, self._keys_shape)
-        _check_floats("values", values, self._keys_shape)
-        _check_floats("out", out, self._queries_shape)
+        _check_floats("queries", queries, self.queries_shape)
+        _check_floats("keys", keys, self.keys_shape)
+        _check_floats("values", values, self.keys_shape)
+        _check_floats("out", out, self.queries_shape)
         functions = _functions()
         if functions is None:
             past = (self._past[0][layer], self._past[1][layer])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from protocol.layout import part_nbytes
 from protocol.schemes import scheme_named
-from quant.linear import Linear, LinearGroup
+from quant.linear import Linear
+from quant.segment import AttentionSegment, SegmentWeights
 from quant.workspace import Workspace
 from runner.errors import StoreInvalid
 from runner.models.mixtral_config import MixtralConfig
@@ -18,22 +19,11 @@ from runner.store_view import StoreView
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """The dense weights of one layer; norms are fp32 [hidden], `qkv_proj` gives queries, keys and values at once."""
-
-    input_norm: Tensor
-    qkv_proj: LinearGroup
-    o_proj: Linear
-    post_attention_norm: Tensor
-    gate: Linear
-
-
-@dataclass(frozen=True, slots=True)
 class DenseWeights:
     """All that is not an expert. `lm_head` is `embed_tokens` where they are tied."""
 
     embed_tokens: Linear
-    layers: tuple[LayerWeights, ...]
+    attention_segments: tuple[AttentionSegment, ...]
     norm: Tensor
     lm_head: Linear
 
@@ -51,7 +41,7 @@ def load_dense_weights(
         raise StoreInvalid(f"embed_tokens: a 16-bit scheme is expected, the store holds {embed_tokens.part.scheme}")
     return DenseWeights(
         embed_tokens=embed_tokens,
-        layers=tuple(_load_layer(source, config, layer) for layer in range(config.n_layers)),
+        attention_segments=tuple(_load_segment(source, config, layer) for layer in range(config.n_layers)),
         norm=source.vector("norm", config.hidden_size),
         lm_head=embed_tokens if config.is_tied else source.linear("lm_head", config.vocab_size, config.hidden_size),
     )
@@ -82,20 +72,19 @@ class _Source:
         return Linear(part, data[: part_nbytes(part)], workspace=self.workspace, exact=self.exact)
 
 
-def _load_layer(source: _Source, config: MixtralConfig, layer: int) -> LayerWeights:
+def _load_segment(source: _Source, config: MixtralConfig, layer: int) -> AttentionSegment:
     prefix = f"layers.{layer}."
     hidden = config.hidden_size
     q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    return LayerWeights(
+    weights = SegmentWeights(
         input_norm=source.vector(prefix + "input_norm", hidden),
-        qkv_proj=LinearGroup(
-            [
-                source.linear(prefix + "q_proj", q_size, hidden),
-                source.linear(prefix + "k_proj", kv_size, hidden),
-                source.linear(prefix + "v_proj", kv_size, hidden),
-            ]
-        ),
+        q_proj=source.linear(prefix + "q_proj", q_size, hidden),
+        k_proj=source.linear(prefix + "k_proj", kv_size, hidden),
+        v_proj=source.linear(prefix + "v_proj", kv_size, hidden),
         o_proj=source.linear(prefix + "o_proj", hidden, q_size),
         post_attention_norm=source.vector(prefix + "post_attention_norm", hidden),
         gate=source.linear(prefix + "gate", config.n_experts, hidden),
+    )
+    return AttentionSegment(
+        weights, layer=layer, top_k=config.top_k, eps=config.rms_norm_eps, workspace=source.workspace
     )

@@ -65,6 +65,39 @@ EXPERTD_EXPORT int expertd_attend(struct expertd_workspace *workspace, const str
 EXPERTD_EXPORT int expertd_choose_experts(const float *gate_logits, int64_t n_tokens, int64_t n_experts, int64_t top_k,
                                           int64_t *expert_ids, float *weights);
 
+/* What a layer computes before its experts: its weights, and which layer it is. */
+struct expertd_segment {
+    const float *input_norm;          /* [hidden_size] */
+    const float *post_attention_norm; /* likewise */
+    int64_t hidden_size;
+    struct expertd_part q_proj, k_proj, v_proj, o_proj, gate;
+    int64_t layer; /* in the kv_cache */
+    int64_t top_k;
+    int64_t is_exact;
+    float eps;
+};
+
+/* The arrays of a step, which all layers share; each is [n_tokens, …]. */
+struct expertd_step {
+    int64_t n_tokens;
+    float *hidden_states;
+    const float *added; /* what is still to be added to hidden_states; NULL if nothing is */
+    float *normed;      /* like hidden_states; at the end what the experts compute with */
+    float *projected;   /* likewise, for the steps between */
+    float *queries, *attended; /* rows of q_proj */
+    float *keys, *values;      /* rows of k_proj and of v_proj */
+    float *gate_logits;        /* rows of the gate */
+    int64_t *expert_ids;       /* [n_tokens, top_k] */
+    float *expert_weights;     /* likewise */
+    const struct expertd_attention *const *attentions; /* of the sequences; layer and arrays are filled in */
+    int64_t n_attentions;
+};
+
+/* hidden_states += added, += o_proj(attention(norm(hidden_states))); normed = norm(hidden_states); expert_ids and
+ * expert_weights are what the gate chooses for it. The caller vouches for the lengths of the step's arrays. */
+EXPERTD_EXPORT int expertd_attention_segment(struct expertd_workspace *workspace, const struct expertd_segment *segment,
+                                             const struct expertd_step *step);
+
 /* out[i] = e^x[i]: what every softmax and SwiGLU here computes with; for tests of its error. */
 EXPERTD_EXPORT int expertd_exponentials(const float *x, float *out, int64_t length);
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.layer import Attention, choose_experts, rms_norm
+from quant.layer import Attention, rms_norm
+from quant.segment import Step
 from quant.workspace import Workspace
 from runner.experts.source import ExpertSource
 from runner.kv_cache import KVCache
@@ -62,11 +63,12 @@ class Mixtral:
         token_ids = torch.tensor([token_id for piece in pieces for token_id in piece.token_ids])
         attentions = self._place(pieces, len(token_ids))
         hidden_states = self._weights.embed_tokens.rows(token_ids)  # [T, H], this step's own
-        added = None
-        for layer in range(self.config.n_layers):
-            added = self._attention_segment(layer, hidden_states, added, attentions)
-            added = self._expert_segment(layer, hidden_states, added)
-        logits = self._head(hidden_states, added, list(wanted))
+        segments = self._weights.attention_segments
+        step = Step(hidden_states, attentions, like=segments[0])
+        for layer, attention_segment in enumerate(segments):
+            attention_segment(step)
+            step.added = self._experts.forward(layer, step.normed, step.expert_ids, step.expert_weights)
+        logits = self._head(hidden_states, step.added, list(wanted))
         for piece in pieces:
             piece.kv_cache.advance(len(piece.token_ids))
         return logits
@@ -91,35 +93,15 @@ class Mixtral:
             row += n_tokens
         return attentions
 
-    def _attention_segment(
-        self, layer: int, hidden_states: Tensor, added: Tensor | None, attentions: Sequence[Attention]
-    ) -> Tensor:
-        """Add `added` to hidden_states; return what the attention adds, both [T, H]."""
-        weights = self._weights.layers[layer]
-        normed = self._norm(hidden_states, weights.input_norm, added)
-        queries, keys, values = weights.qkv_proj(normed)  # [T, heads * D], [T, kv heads * D] twice
-        attended = torch.empty_like(queries)
-        for attention in attentions:
-            attention(layer, queries, keys, values, out=attended)
-        return weights.o_proj(attended)
-
-    def _expert_segment(self, layer: int, hidden_states: Tensor, added: Tensor) -> Tensor:
-        """Add `added` to hidden_states; return what the experts add, both [T, H]."""
-        weights = self._weights.layers[layer]
-        normed = self._norm(hidden_states, weights.post_attention_norm, added)
-        expert_ids, expert_weights = choose_experts(weights.gate(normed), self.config.top_k)  # both [T, top_k]
-        return self._experts.forward(layer, normed, expert_ids, expert_weights)
-
     def _head(self, hidden_states: Tensor, added: Tensor | None, wanted: list[int]) -> Tensor:
         if wanted != list(range(hidden_states.shape[0])):
             hidden_states, added = hidden_states[wanted], None if added is None else added[wanted]
         if not wanted:
             return hidden_states.new_empty(0, self.config.vocab_size)
-        return self._weights.lm_head(self._norm(hidden_states, self._weights.norm, added))
-
-    def _norm(self, hidden_states: Tensor, weight: Tensor, added: Tensor | None) -> Tensor:
-        """Add `added` to hidden_states, in place; return their norm, [T, H]."""
-        return rms_norm(hidden_states, weight, self.config.rms_norm_eps, workspace=self._workspace, added=added)
+        normed = rms_norm(
+            hidden_states, self._weights.norm, self.config.rms_norm_eps, workspace=self._workspace, added=added
+        )
+        return self._weights.lm_head(normed)
 
 
 class _RotaryAngles:
