@@ -14,7 +14,7 @@ from protocol.layout import Part
 from quant import reference
 from quant.errors import BadShape
 from quant.library import check_status, library
-from quant.part_bytes import check_part, check_rows
+from quant.part_bytes import check_floats, check_part, check_rows
 from quant.workspace import Workspace
 
 # The most products that one call shares its activations among, csrc/multiply.c.
@@ -55,7 +55,7 @@ def dequantize_rows(part_bytes: Tensor, part: Part, first_row: int, n_rows: int,
     functions = _functions()
     checked = c_part(part_bytes, part)
     check_rows(part, first_row, n_rows)
-    _check_floats("out", out, (n_rows, part.cols))
+    check_floats("out", out, (n_rows, part.cols))
     if functions is None:
         reference.dequantize_rows(part_bytes, part, first_row, n_rows, out)
         return
@@ -128,10 +128,3 @@ def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
         address, ctypes.POINTER(_CProduct), count, address, count, count, count,
     )  # fmt: skip
     return loaded
-
-
-def _check_floats(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
-    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
-        raise BadShape(
-            f"{name}: contiguous float32 {list(shape)} is expected, {tensor.dtype} {list(tensor.shape)} came"
-        )

@@ -18,11 +18,10 @@ from quant import layer_reference
 from quant.errors import BadShape
 from quant.layer_reference import KEY_BLOCK
 from quant.library import check_status, library
+from quant.part_bytes import check_floats
 from quant.workspace import Workspace
 
 __all__ = ["KEY_BLOCK", "Attention", "choose_experts", "exponentials", "rms_norm"]
-
-_FLOAT32 = torch.float32
 
 
 class _CAttention(ctypes.Structure):
@@ -62,10 +61,10 @@ def rms_norm(
     `added` f32 [T, H] is added to hidden_states before, in place (Zhang and Sennrich, 2019).
     """
     shape = hidden_states.shape
-    _check_floats("hidden_states", hidden_states, (shape[0], weight.shape[0]))
-    _check_floats("weight", weight, (shape[-1],))
+    check_floats("hidden_states", hidden_states, (shape[0], weight.shape[0]))
+    check_floats("weight", weight, (shape[-1],))
     if added is not None:
-        _check_floats("added", added, shape)
+        check_floats("added", added, shape)
     functions = _functions()
     if functions is None:
         return layer_reference.rms_norm(hidden_states, weight, eps, added=added)
@@ -92,7 +91,7 @@ def choose_experts(gate_logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     Raise BadShape.
     """
     n_tokens, n_experts = gate_logits.shape
-    _check_floats("gate_logits", gate_logits, (n_tokens, n_experts))
+    check_floats("gate_logits", gate_logits, (n_tokens, n_experts))
     if not 0 < top_k <= n_experts:
         raise BadShape(f"gate_logits: {top_k} experts are to be chosen of {n_experts}")
     functions = _functions()
@@ -134,7 +133,7 @@ class Attention:
         n_tokens = rows.stop - rows.start
         n_layers, n_kv_heads, context, head_dim = _check_past(*past)
         for name, tensor in zip(("cosines", "sines"), angles, strict=True):
-            _check_floats(name, tensor, (n_tokens, head_dim // 2))
+            check_floats(name, tensor, (n_tokens, head_dim // 2))
         _check_place(start, rows, n_rows, context)
         if n_heads % n_kv_heads or head_dim % 2 or (window is not None and window < 1):
             raise BadShape(f"{n_heads} heads, {n_kv_heads} kv heads, head_dim {head_dim}, window {window} do not fit")
@@ -174,10 +173,10 @@ class Attention:
 
         All are f32: queries and out [n_rows, n_heads * D], keys and values [n_rows, n_kv_heads * D]. Raise BadShape.
         """
-        _check_floats("queries", queries, self.queries_shape)
-        _check_floats("keys", keys, self.keys_shape)
-        _check_floats("values", values, self.keys_shape)
-        _check_floats("out", out, self.queries_shape)
+        check_floats("queries", queries, self.queries_shape)
+        check_floats("keys", keys, self.keys_shape)
+        check_floats("values", values, self.keys_shape)
+        check_floats("out", out, self.queries_shape)
         functions = _functions()
         if functions is None:
             past = (self._past[0][layer], self._past[1][layer])
@@ -197,7 +196,7 @@ class Attention:
 
 def exponentials(x: Tensor) -> Tensor:
     """Return e^x of x f32, of the same shape: what every softmax and SwiGLU computes with. Raise BadShape."""
-    _check_floats("x", x, x.shape)
+    check_floats("x", x, x.shape)
     functions = _functions()
     if functions is None:
         return x.exp()
@@ -222,13 +221,6 @@ def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.expertd_attend.argtypes = (address, ctypes.POINTER(_CAttention))
     loaded.expertd_exponentials.argtypes = (address, address, count)
     return loaded
-
-
-def _check_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype is not _FLOAT32 or tensor.shape != shape or not tensor.is_contiguous():
-        raise BadShape(
-            f"{name}: contiguous float32 {list(shape)} is expected, {tensor.dtype} {list(tensor.shape)} came"
-        )
 
 
 def _check_past(keys: Tensor, values: Tensor) -> torch.Size:

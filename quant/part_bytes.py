@@ -1,10 +1,10 @@
-"""What the bytes of a part must be before anybody computes on them. Knows no numbers.
+"""What the bytes of a part, and the floats beside them, must be before anybody computes on them. Knows no numbers.
 
 Parts come from memory that other processes share, so they are checked where they enter and trusted afterwards; they
 are never written to: a shared mapping is read-only, and a write into it ends the process.
 """
 
-from torch import Tensor, uint8
+from torch import Tensor, float32, uint8
 
 from protocol.layout import Part, part_nbytes
 from quant.errors import BadPart, BadShape
@@ -31,3 +31,11 @@ def check_rows(part: Part, first_row: int, n_rows: int) -> None:
     """Raise BadShape unless the part has that range of rows."""
     if first_row < 0 or n_rows < 0 or first_row + n_rows > part.rows:
         raise BadShape(f"{part.name}: rows {first_row} to {first_row + n_rows} of {part.rows} were asked for")
+
+
+def check_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise BadShape unless the tensor is contiguous f32 of that shape; the library trusts lengths."""
+    if tensor.dtype is not float32 or tensor.shape != shape or not tensor.is_contiguous():
+        raise BadShape(
+            f"{name}: contiguous float32 {list(shape)} is expected, {tensor.dtype} {list(tensor.shape)} came"
+        )

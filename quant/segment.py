@@ -27,6 +27,7 @@ from quant.kernels import CPart, c_part
 from quant.layer import Attention, choose_experts, rms_norm
 from quant.library import check_status, library
 from quant.linear import Linear, LinearGroup
+from quant.part_bytes import check_floats
 from quant.workspace import Workspace
 
 
@@ -93,7 +94,7 @@ class Step:
         """Make the arrays, as long as that segment and all that are alike need them; raise BadShape."""
         n_tokens = hidden_states.shape[0]
         weights = like.weights
-        _check("hidden_states", hidden_states, (n_tokens, weights.o_proj.part.rows))
+        check_floats("hidden_states", hidden_states, (n_tokens, weights.o_proj.part.rows))
         self.hidden_states = hidden_states
         self.added: Tensor | None = None
         self.normed, self._projected = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
@@ -134,7 +135,7 @@ class Step:
         if self.added is None:
             self._c_step.added = None
         else:
-            _check("added", self.added, tuple(self.hidden_states.shape))
+            check_floats("added", self.added, tuple(self.hidden_states.shape))
             self._c_step.added = self.added.data_ptr()
         return self._c_step
 
@@ -157,7 +158,7 @@ class AttentionSegment:
         self._qkv_proj = LinearGroup([weights.q_proj, weights.k_proj, weights.v_proj])
         hidden_size = weights.o_proj.part.rows
         for name, norm in (("input_norm", weights.input_norm), ("post_attention_norm", weights.post_attention_norm)):
-            _check(name, norm, (hidden_size,))
+            check_floats(name, norm, (hidden_size,))
         self._c_segment = _CSegment(
             input_norm=weights.input_norm.data_ptr(),
             post_attention_norm=weights.post_attention_norm.data_ptr(),
@@ -220,9 +221,3 @@ def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 def _c_part(linear: Linear) -> CPart:
     return c_part(linear.part_bytes, linear.part)
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
-        came = f"{tensor.dtype} {list(tensor.shape)}"
-        raise BadShape(f"{name}: contiguous float32 {list(shape)} is expected, {came} came")
