@@ -6,12 +6,14 @@ the whole padded to the page. Layout `r8` stores a part in one of two ways.
 16-bit parts      row-major [rows, cols], little endian.
 quantized parts   [N, K], K a multiple of 64, N padded to 8 with zero codes:
 
-    scale_step[N] zero_min[N] zero_step[N]      three fp32 planes, one value an output row
-    panel 0 … panel N/8 - 1                     8 output rows each:
-        metadata   a block per 64 inputs: scale codes [8 rows][64/group_size], then zero codes likewise, u8
-        codes      a block per 64 inputs: 8 rows interleaved, one row per 32-bit lane
+    scale_step[N] base_min[N] base_step[N]      three fp32 planes, one value an output row
+    panel 0 … panel N/8 - 1                     8 output rows each, as stripes of 4 blocks (of 1 for groups of 16):
+        metadata   64 bytes, for each block of 64 inputs: s [8 rows][64/group_size], then b likewise, u8
+        codes      for each block: 8 rows interleaved, one row per 32-bit lane
 
-Every plane is padded to 128 bytes. In a codes block byte b of lane r of 32-byte vector v holds:
+Planes and panels are padded to 128 bytes; a panel's last stripe has the blocks that are left, and all of its metadata.
+What belongs together lies together, so that a panel is one stream of memory. In a codes block byte b of lane r of
+32-byte vector v holds:
 
     8 bit   input 4v + b
     4 bit   input 8v + b in the low nibble, 8v + 4 + b in the high one
@@ -37,6 +39,7 @@ PAGE_NBYTES = 4096
 PLANE_ALIGNMENT = 128
 PANEL_ROWS = 8
 BLOCK_COLS = 64
+STRIPE_METADATA_NBYTES = 64
 SEGMENT_NBYTES_MAX = 1 << 30
 
 # Bounds that no real model reaches; they keep a hostile manifest from asking for absurd arithmetic.
@@ -65,20 +68,26 @@ class PartSpan:
 
 @dataclass(frozen=True, slots=True)
 class PanelPlan:
-    """The planes of one quantized [N, K] part, as byte offsets from the part's start."""
+    """The planes of one quantized [N, K] part, as byte offsets from the part's start, and what a panel is made of."""
 
     n_panels: int
     n_blocks: int
     groups_per_block: int
+    n_stripes: int
+    blocks_per_stripe: int
+    block_nbytes: int
+    stripe_nbytes: int
     scale_step_offset: int
-    zero_min_offset: int
-    zero_step_offset: int
+    base_min_offset: int
+    base_step_offset: int
     panels_offset: int
-    metadata_nbytes: int
-    codes_offset: int
-    codes_nbytes: int
     panel_nbytes: int
     nbytes: int
+
+    @property
+    def filled_nbytes(self) -> int:
+        """How many bytes of a panel are stripes; the rest is padding."""
+        return self.n_stripes * STRIPE_METADATA_NBYTES + self.n_blocks * self.block_nbytes
 
 
 def record_spans(layout_id: str, parts: Sequence[Part]) -> tuple[PartSpan, ...]:
@@ -130,21 +139,22 @@ def panel_plan(rows: int, cols: int, scheme: Scheme) -> PanelPlan:
     n_blocks = cols // BLOCK_COLS
     groups_per_block = BLOCK_COLS // scheme.group_size
     row_plane_nbytes = aligned(n_panels * PANEL_ROWS * 4, PLANE_ALIGNMENT)
-    metadata_nbytes = n_blocks * 2 * PANEL_ROWS * groups_per_block
-    codes_nbytes = n_blocks * PANEL_ROWS * BLOCK_COLS * scheme.nbits // 8
-    codes_offset = aligned(metadata_nbytes, PLANE_ALIGNMENT)
-    panel_nbytes = codes_offset + aligned(codes_nbytes, PLANE_ALIGNMENT)
+    blocks_per_stripe = STRIPE_METADATA_NBYTES // (2 * PANEL_ROWS * groups_per_block)
+    n_stripes = -(-n_blocks // blocks_per_stripe)
+    block_nbytes = PANEL_ROWS * BLOCK_COLS * scheme.nbits // 8
+    panel_nbytes = aligned(n_stripes * STRIPE_METADATA_NBYTES + n_blocks * block_nbytes, PLANE_ALIGNMENT)
     return PanelPlan(
         n_panels=n_panels,
         n_blocks=n_blocks,
         groups_per_block=groups_per_block,
+        n_stripes=n_stripes,
+        blocks_per_stripe=blocks_per_stripe,
+        block_nbytes=block_nbytes,
+        stripe_nbytes=STRIPE_METADATA_NBYTES + blocks_per_stripe * block_nbytes,
         scale_step_offset=0,
-        zero_min_offset=row_plane_nbytes,
-        zero_step_offset=2 * row_plane_nbytes,
+        base_min_offset=row_plane_nbytes,
+        base_step_offset=2 * row_plane_nbytes,
         panels_offset=3 * row_plane_nbytes,
-        metadata_nbytes=metadata_nbytes,
-        codes_offset=codes_offset,
-        codes_nbytes=codes_nbytes,
         panel_nbytes=panel_nbytes,
         nbytes=3 * row_plane_nbytes + n_panels * panel_nbytes,
     )

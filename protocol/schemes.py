@@ -1,8 +1,11 @@
 """The ways a matrix is stored: bits per weight and weights per group. Knows no numbers but these.
 
-Every quantized scheme has an 8-bit second level: the scale and the zero of a group are one byte each, in steps of
-their output row: w = (q - zero) * scale, scale = scale_step[row] * s, zero = zero_min[row] + zero_step[row] * z.
-Groups run along the inputs of one output row.
+Every quantized scheme has an 8-bit second level: a group has two bytes, s and b, in steps of their output row:
+
+    w = scale_step[row] * (s * (q - center) + base)        base = base_min[row] + base_step[row] * b
+
+The base is what a weight of the code `center` is, in steps of the scale: a solver's (q - zero) * scale has the scale
+scale_step * s and the base s * (center - zero). Groups run along the inputs of one output row.
 """
 
 from dataclasses import dataclass
@@ -22,6 +25,11 @@ class Scheme:
     def is_quantized(self) -> bool:
         """Whether weights are codes with scales and zeros."""
         return self.group_size is not None
+
+    @property
+    def center(self) -> int:
+        """The code from which codes count: 128 where they are whole bytes, so that bases stay small, else 0."""
+        return 128 if self.nbits == 8 else 0
 
 
 BF16 = Scheme("bf16", 16, None)

@@ -7,4 +7,4 @@ LOWEST_PROTOCOL_VERSION = 1
 HIGHEST_PROTOCOL_VERSION = 1
 
 # The store on disk and in memory: there is no range, a record's bytes are what the kernels compute on.
-STORE_FORMAT_VERSION = 1
+STORE_FORMAT_VERSION = 2

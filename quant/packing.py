@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from protocol.layout import BLOCK_COLS, PANEL_ROWS, PanelPlan, Part, panel_plan
+from protocol.layout import BLOCK_COLS, PANEL_ROWS, STRIPE_METADATA_NBYTES, PanelPlan, Part, panel_plan
 from protocol.schemes import Scheme
 from quant.errors import BadPart, BadShape
 from quant.panel_codes import deinterleave, interleave
@@ -23,17 +24,17 @@ _STRIP_NELEMENTS = 1 << 20
 class QuantizedMatrix:
     """A matrix [N, K] of codes with an 8-bit second level; g is the scheme's group_size.
 
-    w[n, k] = (codes[n, k] - zero) * scale, with scale = scale_step[n] * scale_codes[n, k // g] and
-    zero = zero_min[n] + zero_step[n] * zero_codes[n, k // g].
+    w[n, k] = scale_step[n] * (scale_codes[n, k // g] * (codes[n, k] - center) + base), with the scheme's center and
+    base = base_min[n] + base_step[n] * base_codes[n, k // g].
     """
 
     scheme: Scheme
     codes: Tensor  # u8 [N, K]
     scale_codes: Tensor  # u8 [N, K/g]
-    zero_codes: Tensor  # u8 [N, K/g]
+    base_codes: Tensor  # u8 [N, K/g]
     scale_step: Tensor  # f32 [N]
-    zero_min: Tensor  # f32 [N]
-    zero_step: Tensor  # f32 [N]
+    base_min: Tensor  # f32 [N]
+    base_step: Tensor  # f32 [N]
 
 
 def pack(matrix: QuantizedMatrix) -> Tensor:
@@ -48,10 +49,10 @@ def pack(matrix: QuantizedMatrix) -> Tensor:
     panels = panels_of(part_bytes, plan)
     for first, last in panel_strips(plan):
         strip = slice(first * PANEL_ROWS, last * PANEL_ROWS)
-        metadata = metadata_of(panels[first:last], plan)  # [P, B, 2, 8, groups]
-        metadata[:, :, 0] = _by_panel(matrix.scale_codes[strip], plan)
-        metadata[:, :, 1] = _by_panel(matrix.zero_codes[strip], plan)
-        codes_of(panels[first:last], plan).copy_(interleave(_whole_panels(matrix.codes[strip]), matrix.scheme.nbits))
+        scales, bases = (_by_panel(plane[strip], plan) for plane in (matrix.scale_codes, matrix.base_codes))
+        metadata = torch.stack((scales, bases), dim=2).flatten(2)  # [P, B, bytes of a block]
+        codes = interleave(_whole_panels(matrix.codes[strip]), matrix.scheme.nbits)
+        panels[first:last, : plan.filled_nbytes] = _striped(metadata, codes, plan)
     return part_bytes
 
 
@@ -63,23 +64,22 @@ def unpack(part_bytes: Tensor, rows: int, cols: int, scheme: Scheme) -> Quantize
     plan = panel_plan(rows, cols, scheme)
     codes = torch.empty(rows, cols, dtype=torch.uint8)
     scale_codes = torch.empty(rows, cols // scheme.group_size, dtype=torch.uint8)
-    zero_codes = torch.empty_like(scale_codes)
+    base_codes = torch.empty_like(scale_codes)
     panels = panels_of(part_bytes, plan)
     for first, last in panel_strips(plan):
         strip = slice(first * PANEL_ROWS, min(rows, last * PANEL_ROWS))
         n_rows = strip.stop - strip.start
-        scales, zeros = unpack_metadata(panels[first:last], plan)
-        scale_codes[strip], zero_codes[strip] = scales[:n_rows], zeros[:n_rows]
-        codes[strip] = deinterleave(codes_of(panels[first:last], plan), cols, scheme.nbits)[:n_rows]
-    scale_step, zero_min, zero_step = (plane.clone() for plane in row_planes(part_bytes, plan, rows))
-    return QuantizedMatrix(scheme, codes, scale_codes, zero_codes, scale_step, zero_min, zero_step)
+        contents = unpack_panels(panels[first:last], scheme, plan)
+        codes[strip], scale_codes[strip], base_codes[strip] = (plane[:n_rows] for plane in contents)
+    scale_step, base_min, base_step = (plane.clone() for plane in row_planes(part_bytes, plan, rows))
+    return QuantizedMatrix(scheme, codes, scale_codes, base_codes, scale_step, base_min, base_step)
 
 
 def row_planes(part_bytes: Tensor, plan: PanelPlan, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scale_step, zero_min and zero_step, each f32 [rows], as views of the part's bytes."""
-    offsets = (plan.scale_step_offset, plan.zero_min_offset, plan.zero_step_offset)
-    scale_step, zero_min, zero_step = (part_bytes[at : at + 4 * rows].view(torch.float32) for at in offsets)
-    return scale_step, zero_min, zero_step
+    """Return scale_step, base_min and base_step, each f32 [rows], as views of the part's bytes."""
+    offsets = (plan.scale_step_offset, plan.base_min_offset, plan.base_step_offset)
+    scale_step, base_min, base_step = (part_bytes[at : at + 4 * rows].view(torch.float32) for at in offsets)
+    return scale_step, base_min, base_step
 
 
 def panels_of(part_bytes: Tensor, plan: PanelPlan) -> Tensor:
@@ -87,22 +87,15 @@ def panels_of(part_bytes: Tensor, plan: PanelPlan) -> Tensor:
     return part_bytes[plan.panels_offset :].view(plan.n_panels, plan.panel_nbytes)
 
 
-def codes_of(panels: Tensor, plan: PanelPlan) -> Tensor:
-    """Return the codes planes, u8 [P, codes_nbytes], as a view of the panels."""
-    return panels[:, plan.codes_offset : plan.codes_offset + plan.codes_nbytes]
-
-
-def metadata_of(panels: Tensor, plan: PanelPlan) -> Tensor:
-    """Return the metadata planes, u8 [P, B, 2, 8, groups per block], as a view: [:, :, 0] scales, [:, :, 1] zeros."""
-    shape = (panels.shape[0], plan.n_blocks, 2, PANEL_ROWS, plan.groups_per_block)
-    return panels[:, : plan.metadata_nbytes].view(shape)
-
-
-def unpack_metadata(panels: Tensor, plan: PanelPlan) -> tuple[Tensor, Tensor]:
-    """Return scale codes and zero codes of the panels, each u8 [P * 8, K/g]."""
-    by_row = metadata_of(panels, plan).permute(2, 0, 3, 1, 4)  # [2, P, 8, B, groups]
-    scales, zeros = by_row.reshape(2, panels.shape[0] * PANEL_ROWS, -1)
-    return scales, zeros
+def unpack_panels(panels: Tensor, scheme: Scheme, plan: PanelPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes [P * 8, K], scale codes and base codes [P * 8, K/g], all u8, of panels u8 [P, panel_nbytes]."""
+    n_panels, n_padding = panels.shape[0], plan.n_stripes * plan.stripe_nbytes - plan.panel_nbytes
+    stripes = pad(panels, (0, n_padding)).view(n_panels, plan.n_stripes, plan.stripe_nbytes)
+    metadata, codes = stripes[..., :STRIPE_METADATA_NBYTES], stripes[..., STRIPE_METADATA_NBYTES:]
+    blocks = metadata.reshape(n_panels, -1, 2, PANEL_ROWS, plan.groups_per_block)[:, : plan.n_blocks]
+    scales, bases = blocks.permute(2, 0, 3, 1, 4).reshape(2, n_panels * PANEL_ROWS, -1)
+    planes = codes.reshape(n_panels, -1)[:, : plan.n_blocks * plan.block_nbytes].contiguous()
+    return deinterleave(planes, plan.n_blocks * BLOCK_COLS, scheme.nbits), scales, bases
 
 
 def panel_strips(plan: PanelPlan) -> Iterator[tuple[int, int]]:
@@ -113,7 +106,18 @@ def panel_strips(plan: PanelPlan) -> Iterator[tuple[int, int]]:
 
 
 def _row_values(matrix: QuantizedMatrix) -> tuple[Tensor, Tensor, Tensor]:
-    return matrix.scale_step, matrix.zero_min, matrix.zero_step
+    return matrix.scale_step, matrix.base_min, matrix.base_step
+
+
+def _striped(metadata: Tensor, codes: Tensor, plan: PanelPlan) -> Tensor:
+    """Return the panels' stripes, u8 [P, filled_nbytes], of metadata [P, B, n] and codes [P, B * block_nbytes]."""
+    n_missing = plan.n_stripes * plan.blocks_per_stripe - plan.n_blocks
+    metadata = pad(metadata, (0, 0, 0, n_missing)).view(-1, plan.n_stripes, STRIPE_METADATA_NBYTES)
+    codes = pad(codes, (0, n_missing * plan.block_nbytes)).view(
+        -1, plan.n_stripes, plan.stripe_nbytes - STRIPE_METADATA_NBYTES
+    )
+    # The codes of blocks that the last stripe does not have come last, and are cut off.
+    return torch.cat((metadata, codes), dim=2).flatten(1)[:, : plan.filled_nbytes]
 
 
 def _by_panel(group_codes: Tensor, plan: PanelPlan) -> Tensor:
@@ -124,7 +128,7 @@ def _by_panel(group_codes: Tensor, plan: PanelPlan) -> Tensor:
 def _whole_panels(rows: Tensor) -> Tensor:
     """Return the rows padded with zeros to whole panels, contiguous."""
     missing = -rows.shape[0] % PANEL_ROWS
-    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+    return pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
 
 
 def _check_matrix(matrix: QuantizedMatrix, part: Part) -> None:
@@ -135,10 +139,10 @@ def _check_matrix(matrix: QuantizedMatrix, part: Part) -> None:
     expected = (
         ("codes", matrix.codes, (part.rows, part.cols), torch.uint8),
         ("scale_codes", matrix.scale_codes, groups, torch.uint8),
-        ("zero_codes", matrix.zero_codes, groups, torch.uint8),
+        ("base_codes", matrix.base_codes, groups, torch.uint8),
         ("scale_step", matrix.scale_step, (part.rows,), torch.float32),
-        ("zero_min", matrix.zero_min, (part.rows,), torch.float32),
-        ("zero_step", matrix.zero_step, (part.rows,), torch.float32),
+        ("base_min", matrix.base_min, (part.rows,), torch.float32),
+        ("base_step", matrix.base_step, (part.rows,), torch.float32),
     )
     for name, tensor, shape, dtype in expected:
         if tensor.shape != shape or tensor.dtype != dtype:

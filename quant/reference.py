@@ -1,7 +1,7 @@
 """The weights of a part as float32: the reference that every kernel is held to. Clear before fast.
 
 Each operation is rounded to float32 by itself, none is fused into another, so that a kernel can be bit-equal:
-zero = zero_min + (zero_step * z); scale = scale_step * s; w = (q - zero) * scale.
+base = base_min + (base_step * b); w = ((s * (q - center)) + base) * scale_step. The first product is exact.
 """
 
 import torch
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from protocol.layout import PANEL_ROWS, Part, panel_plan
 from protocol.schemes import BF16, Scheme, scheme_named
-from quant.packing import codes_of, panels_of, row_planes, unpack_metadata
-from quant.panel_codes import deinterleave
+from quant.packing import panels_of, row_planes, unpack_panels
 from quant.part_bytes import check_part, check_rows
 
 _STRIP_NELEMENTS = 1 << 20
@@ -63,13 +62,11 @@ def _dequantize_panels(part_bytes: Tensor, part: Part, scheme: Scheme, first_row
     first_panel = first_row // PANEL_ROWS
     panels = panels_of(part_bytes, plan)[first_panel : -(-last_row // PANEL_ROWS)]
     wanted = slice(first_row - first_panel * PANEL_ROWS, last_row - first_panel * PANEL_ROWS)
-    codes = deinterleave(codes_of(panels, plan), part.cols, scheme.nbits)[wanted]
-    scales, zeros = (codes_8bit[wanted].float() for codes_8bit in unpack_metadata(panels, plan))  # each [n, K/g]
-    scale_step, zero_min, zero_step = (
+    codes, scales, bases = (plane[wanted].float() for plane in unpack_panels(panels, scheme, plan))
+    scale_step, base_min, base_step = (
         plane[first_row:last_row, None] for plane in row_planes(part_bytes, plan, part.rows)
     )
-    zero = zero_min + zero_step * zeros
-    scale = scale_step * scales
-    weights = out.view(*scale.shape, -1)  # [n, K/g, g]
-    weights.copy_(codes.reshape(*scale.shape, -1))
-    weights.sub_(zero[:, :, None]).mul_(scale[:, :, None])
+    base = base_min + base_step * bases  # [n, K/g]
+    weights = out.view(*base.shape, -1)  # [n, K/g, g]
+    torch.sub(codes.view_as(weights), scheme.center, out=weights)
+    weights.mul_(scales[:, :, None]).add_(base[:, :, None]).mul_(scale_step[:, :, None])

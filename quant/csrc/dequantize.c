@@ -16,7 +16,7 @@ INLINE void store_transposed(f32x8 weights[BLOCK_COLS], int64_t first, int64_t l
     }
 }
 
-INLINE void dequantize_panels(const struct plan *plan, int nbits, int groups, int64_t first_row, int64_t n_rows,
+INLINE void dequantize_panels(const struct plan *plan, int nbits, int64_t first_row, int64_t n_rows,
                               float *out) {
     int64_t last_row = first_row + n_rows;
     int64_t cols = plan->n_blocks * BLOCK_COLS;
@@ -27,7 +27,10 @@ INLINE void dequantize_panels(const struct plan *plan, int nbits, int groups, in
         int64_t last = min_of(last_row, panel_row + PANEL_ROWS);
         for (int64_t block = 0; block < plan->n_blocks; block++) {
             f32x8 weights[BLOCK_COLS];
-            unpack_block(&panel, block, nbits, groups, weights);
+            unpack_block(&panel, block, nbits, weights);
+            for (int k = 0; k < BLOCK_COLS; k++) {
+                weights[k] *= panel.scale_step;
+            }
             float *corner = out + (first - first_row) * cols + block * BLOCK_COLS;
             store_transposed(weights, first - panel_row, last - panel_row, corner, cols);
         }
@@ -45,21 +48,21 @@ INLINE void convert_rows(const uint8_t *values, int is_bf16, int64_t n, float *o
     }
 }
 
-/* One function a width: inside it nbits and groups are constants, and the compiler unrolls. */
+/* One function a width: inside it nbits is a constant, and the compiler unrolls. */
 DISPATCHED static void dequantize_8bit(const struct plan *plan, int64_t first_row, int64_t n_rows, float *out) {
-    dequantize_panels(plan, 8, 1, first_row, n_rows, out);
+    dequantize_panels(plan, 8, first_row, n_rows, out);
 }
 
 DISPATCHED static void dequantize_4bit(const struct plan *plan, int64_t first_row, int64_t n_rows, float *out) {
-    dequantize_panels(plan, 4, 1, first_row, n_rows, out);
+    dequantize_panels(plan, 4, first_row, n_rows, out);
 }
 
 DISPATCHED static void dequantize_3bit(const struct plan *plan, int64_t first_row, int64_t n_rows, float *out) {
-    dequantize_panels(plan, 3, 1, first_row, n_rows, out);
+    dequantize_panels(plan, 3, first_row, n_rows, out);
 }
 
 DISPATCHED static void dequantize_2bit(const struct plan *plan, int64_t first_row, int64_t n_rows, float *out) {
-    dequantize_panels(plan, 2, 4, first_row, n_rows, out);
+    dequantize_panels(plan, 2, first_row, n_rows, out);
 }
 
 DISPATCHED static void convert_bf16(const uint8_t *values, int64_t n, float *out) { convert_rows(values, 1, n, out); }

@@ -17,19 +17,19 @@ INLINE void accumulate_block(const f32x8 weights[BLOCK_COLS], const float *x, f3
 
 /* A block is expanded into 2 KB that never leave the first-level cache, and used there for all tokens. */
 INLINE void multiply_panels(const struct plan *plan, int64_t first_panel, int64_t n_panels, const struct tile *tile,
-                            float *const y[TILE_TOKENS], int nbits, int groups) {
+                            float *const y[TILE_TOKENS], int nbits) {
     for (int64_t index = first_panel; index < first_panel + n_panels; index++) {
         struct panel panel = panel_at(plan, index);
         f32x8 partial[TILE_TOKENS][PARTIALS] = {{{0}}};
         for (int64_t block = 0; block < plan->n_blocks; block++) {
             f32x8 weights[BLOCK_COLS];
-            unpack_block(&panel, block, nbits, groups, weights);
+            unpack_block(&panel, block, nbits, weights);
             for (int token = 0; token < tile->n_tokens; token++) {
                 accumulate_block(weights, tile->x[token] + block * BLOCK_COLS, partial[token]);
             }
         }
         for (int token = 0; token < tile->n_tokens; token++) {
-            store_rows(plan, index, sum_of(partial[token]), y[token] + (index - first_panel) * PANEL_ROWS);
+            store_rows(plan, index, panel.scale_step * sum_of(partial[token]), y[token] + (index - first_panel) * PANEL_ROWS);
         }
     }
 }
@@ -73,7 +73,7 @@ INLINE void multiply_rows(const struct plan *plan, int64_t first_panel, int64_t 
     }
 }
 
-/* One function a format: inside it nbits and groups are constants, and the compiler unrolls. */
+/* One function a format: inside it nbits is a constant, and the compiler unrolls. */
 #define ARGUMENTS                                                                                                      \
     const struct plan *plan, int64_t first_panel, int64_t n_panels, const struct tile *tile, float *const y[TILE_TOKENS]
 
@@ -81,10 +81,10 @@ DISPATCHED void exact_bf16(ARGUMENTS) { multiply_rows(plan, first_panel, n_panel
 
 DISPATCHED void exact_fp16(ARGUMENTS) { multiply_rows(plan, first_panel, n_panels, tile, y, 0); }
 
-DISPATCHED void exact_8bit(ARGUMENTS) { multiply_panels(plan, first_panel, n_panels, tile, y, 8, 1); }
+DISPATCHED void exact_8bit(ARGUMENTS) { multiply_panels(plan, first_panel, n_panels, tile, y, 8); }
 
-DISPATCHED void exact_4bit(ARGUMENTS) { multiply_panels(plan, first_panel, n_panels, tile, y, 4, 1); }
+DISPATCHED void exact_4bit(ARGUMENTS) { multiply_panels(plan, first_panel, n_panels, tile, y, 4); }
 
-DISPATCHED void exact_3bit(ARGUMENTS) { multiply_panels(plan, first_panel, n_panels, tile, y, 3, 1); }
+DISPATCHED void exact_3bit(ARGUMENTS) { multiply_panels(plan, first_panel, n_panels, tile, y, 3); }
 
-DISPATCHED void exact_2bit(ARGUMENTS) { multiply_panels(plan, first_panel, n_panels, tile, y, 2, 4); }
+DISPATCHED void exact_2bit(ARGUMENTS) { multiply_panels(plan, first_panel, n_panels, tile, y, 2); }

@@ -101,7 +101,7 @@ static void quantize_item(void *context, int64_t item) {
 DISPATCHED static void swiglu(float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i += LANES) {
         f32x8 x = load_f32(gate + i);
-            store_f32(gate + i, x / (1.0f + exponential(-x)) * load_f32(up + i));
+        store_f32(gate + i, x / (1.0f + exponential(-x)) * load_f32(up + i));
     }
 }
 

@@ -3,13 +3,13 @@
  * All sets compute the same bits. Dot products of codes are integers, so their order is free; what is added in floating
  * point is, for each row and token by itself, one term a block, in the order of the blocks:
  *
- *     groups of 64    sum = fma(s * scale, fma(-zero, sum_q, dot), sum)            zero = fma(zero_step, z, zero_min)
- *     groups of 16    sum = fma(scale, fma(-zero_step, c, fma(-zero_min, b, a)), sum)
- *                     a = Σ s dot, b = Σ s sum_q, c = Σ s (z - 128) sum_q over the block's four groups, in integers;
- *                     zero_min stands for zero_min + 128 zero_step
+ *     groups of 64    sum = fma(base, scaled_sum, fma(s * scale, dot, sum))        base = fma(base_step, b, base_min)
+ *     groups of 16    sum = fma(scale, fma(base_step, c, a), sum)
+ *                     a = Σ s dot, c = Σ b sum_q over the block's four groups, in integers; and after the last block
+ *                     sum = fma(base_min, Σ scaled_sum, sum)
  *
- * and y = scale_step * sum, with s and z the u8 codes of a group's scale and zero, and dot, sum_q and scale of the
- * activations (tile.h). For 8 bits dot is Σ (q - 128) x and zero is less by 128. A 16-bit row is added as exact.h says. */
+ * and y = scale_step * sum, with s and b the two bytes of a group, dot = Σ (q - center) x, and x, sum_q, scale and
+ * scaled_sum of the activations (tile.h). A 16-bit row is added as exact.h says. */
 
 #ifndef EXPERTD_PANELS_H
 #define EXPERTD_PANELS_H

@@ -5,8 +5,7 @@
  *   - Several panels far apart are walked at once (streams): one stream a core leaves half of the memory's speed unused.
  *   - Each broadcast of activations serves all streams.
  *   - Sums of pairs stay in 16 bits as long as they cannot overflow, and are widened once a block or half a block.
- *   - The codes and the metadata of all streams are prefetched, at the end of a panel those of the next one, and so are
- *     the three values of each row.
+ *   - What all streams read next is prefetched, and so are the three values of each row of the panels after these.
  *
  * Arrays below are registers: their lengths are constants wherever a function is inlined, and all loops unroll. */
 
@@ -24,10 +23,15 @@ enum {
 
 /* A panel that is being walked, and what its rows share. */
 struct stream {
-    const uint8_t *metadata;
-    const uint8_t *codes;
-    __m256 zero_min;  /* for groups of 16: at the zero code 128 */
-    __m256 zero_step;
+    const uint8_t *stripes;
+    __m256 base_min;
+    __m256 base_step;
+};
+
+/* Where a block lies in its panel: the same place in every stream's. */
+struct place {
+    int64_t metadata;
+    int64_t codes;
 };
 
 INLINE __m256i load(const uint8_t *at) { return _mm256_loadu_si256((const __m256i *)at); }
@@ -71,16 +75,16 @@ INLINE void multiply_word(int n_streams, int n_tokens, const __m256i words[], co
 INLINE __m256i widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
 /* 4 bits: 8 words of at most 2 * 15 * 127 a pair stay below 2^15, so half a block is added in 16 bits. */
-INLINE void dot_4bit(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
+INLINE void dot_4bit(int n_streams, int n_tokens, const struct stream streams[], int64_t codes, const uint8_t *x,
                      __m256i dots[STREAMS_MAX][TILE_TOKENS]) {
     UNROLL for (int half = 0; half < 2; half++) {
         __m256i pairs[STREAMS_MAX][TILE_TOKENS];
         UNROLL for (int v = 4 * half; v < 4 * half + 4; v++) {
             __m256i low[STREAMS_MAX], high[STREAMS_MAX];
             UNROLL for (int stream = 0; stream < n_streams; stream++) {
-                __m256i codes = load(streams[stream].codes + (8 * index + v) * VECTOR_NBYTES);
-                low[stream] = masked(codes, 0, 15);
-                high[stream] = masked(codes, 4, 15);
+                __m256i merged = load(streams[stream].stripes + codes + v * VECTOR_NBYTES);
+                low[stream] = masked(merged, 0, 15);
+                high[stream] = masked(merged, 4, 15);
             }
             multiply_word(n_streams, n_tokens, low, x, 2 * v, v == 4 * half, pairs);
             multiply_word(n_streams, n_tokens, high, x, 2 * v + 1, 0, pairs);
@@ -95,14 +99,14 @@ INLINE void dot_4bit(int n_streams, int n_tokens, const struct stream streams[],
 }
 
 /* 3 bits: all 16 words of at most 2 * 7 * 127 a pair stay below 2^15. */
-INLINE void dot_3bit(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
+INLINE void dot_3bit(int n_streams, int n_tokens, const struct stream streams[], int64_t codes, const uint8_t *x,
                      __m256i dots[STREAMS_MAX][TILE_TOKENS]) {
     __m256i pairs[STREAMS_MAX][TILE_TOKENS];
     UNROLL for (int half = 0; half < 2; half++) {
         __m256i merged[3][STREAMS_MAX], words[STREAMS_MAX];
         UNROLL for (int v = 0; v < 3; v++) { /* two words lie in the low six bits of each vector */
             UNROLL for (int stream = 0; stream < n_streams; stream++) {
-                merged[v][stream] = load(streams[stream].codes + (6 * index + 3 * half + v) * VECTOR_NBYTES);
+                merged[v][stream] = load(streams[stream].stripes + codes + (3 * half + v) * VECTOR_NBYTES);
                 words[stream] = masked(merged[v][stream], 0, 7);
             }
             multiply_word(n_streams, n_tokens, words, x, 8 * half + 2 * v, half == 0 && v == 0, pairs);
@@ -127,19 +131,19 @@ INLINE void dot_3bit(int n_streams, int n_tokens, const struct stream streams[],
 
 /* 8 bits: a pair of products of u8 codes would overflow 16 bits. Codes less 128 are signed, and |q| times x with the
  * sign of q stays below 2^15, but leaves no room for a second one. */
-INLINE void dot_8bit(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
+INLINE void dot_8bit(int n_streams, int n_tokens, const struct stream streams[], int64_t codes, const uint8_t *x,
                      __m256i dots[STREAMS_MAX][TILE_TOKENS]) {
     UNROLL for (int word = 0; word < WORDS_PER_BLOCK; word++) {
-        __m256i codes[STREAMS_MAX];
+        __m256i centered[STREAMS_MAX];
         UNROLL for (int stream = 0; stream < n_streams; stream++) {
-            __m256i unsigned_codes = load(streams[stream].codes + (16 * index + word) * VECTOR_NBYTES);
-            codes[stream] = _mm256_xor_si256(unsigned_codes, _mm256_set1_epi8((char)0x80));
+            __m256i unsigned_codes = load(streams[stream].stripes + codes + word * VECTOR_NBYTES);
+            centered[stream] = _mm256_xor_si256(unsigned_codes, _mm256_set1_epi8((char)0x80));
         }
         UNROLL for (int token = 0; token < n_tokens; token++) {
             __m256i activations = broadcast(x + 4 * (word * n_tokens + token));
             UNROLL for (int stream = 0; stream < n_streams; stream++) {
-                __m256i signed_x = _mm256_sign_epi8(activations, codes[stream]);
-                __m256i dot = widened(_mm256_maddubs_epi16(_mm256_abs_epi8(codes[stream]), signed_x));
+                __m256i signed_x = _mm256_sign_epi8(activations, centered[stream]);
+                __m256i dot = widened(_mm256_maddubs_epi16(_mm256_abs_epi8(centered[stream]), signed_x));
                 dots[stream][token] = word == 0 ? dot : _mm256_add_epi32(dots[stream][token], dot);
             }
         }
@@ -147,37 +151,34 @@ INLINE void dot_8bit(int n_streams, int n_tokens, const struct stream streams[],
 }
 
 /* Add a block to the sums, for groups of 64 inputs. */
-INLINE void add_block_g64(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
-                          int nbits, __m256 sums[STREAMS_MAX][TILE_TOKENS]) {
+INLINE void add_block_g64(int n_streams, int n_tokens, const struct stream streams[], struct place place,
+                          const uint8_t *x, int nbits, __m256 sums[STREAMS_MAX][TILE_TOKENS]) {
     __m256i dots[STREAMS_MAX][TILE_TOKENS];
     switch (nbits) {
     case 8:
-        dot_8bit(n_streams, n_tokens, streams, index, x, dots);
+        dot_8bit(n_streams, n_tokens, streams, place.codes, x, dots);
         break;
     case 4:
-        dot_4bit(n_streams, n_tokens, streams, index, x, dots);
+        dot_4bit(n_streams, n_tokens, streams, place.codes, x, dots);
         break;
     default:
-        dot_3bit(n_streams, n_tokens, streams, index, x, dots);
+        dot_3bit(n_streams, n_tokens, streams, place.codes, x, dots);
         break;
     }
     UNROLL for (int stream = 0; stream < n_streams; stream++) {
-        const uint8_t *metadata = streams[stream].metadata + index * 2 * PANEL_ROWS;
+        const uint8_t *metadata = streams[stream].stripes + place.metadata;
         __m256 s = load_u8(metadata);
-        __m256 zero = _mm256_fmadd_ps(streams[stream].zero_step, load_u8(metadata + PANEL_ROWS), streams[stream].zero_min);
-        if (nbits == 8) {
-            zero = _mm256_sub_ps(zero, _mm256_set1_ps(128.0f));
-        }
+        __m256 base = _mm256_fmadd_ps(streams[stream].base_step, load_u8(metadata + PANEL_ROWS), streams[stream].base_min);
         UNROLL for (int token = 0; token < n_tokens; token++) {
             __m256 scale = _mm256_mul_ps(s, broadcast_float(x + scales_at(n_tokens) + 4 * token));
-            __m256 sum_q = broadcast_float(x + sums_at(n_tokens) + 4 * token);
-            __m256 above_zero = _mm256_fnmadd_ps(zero, sum_q, _mm256_cvtepi32_ps(dots[stream][token]));
-            sums[stream][token] = _mm256_fmadd_ps(scale, above_zero, sums[stream][token]);
+            __m256 scaled_sum = broadcast_float(x + scaled_sums_at(n_tokens) + 4 * token);
+            __m256 sum = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[stream][token]), sums[stream][token]);
+            sums[stream][token] = _mm256_fmadd_ps(base, scaled_sum, sum);
         }
     }
 }
 
-/* The scale codes of one group of four, each as the two 16-bit factors that its row's sums of pairs are multiplied by. */
+/* The scales of one group of four, each as the two 16-bit factors that its row's sums of pairs are multiplied by. */
 INLINE __m256i scales_of_group(__m256i scales, int group) {
     __m256i places = _mm256_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1, /**/
                                       0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1);
@@ -196,18 +197,18 @@ INLINE __m256i pairs_of_group(const __m256i words[4], const uint8_t *x, int grou
 
 /* Add a block of 2-bit codes to the sums: four groups of 16 inputs, one vector of codes each. Everything up to the block's
  * end is integer arithmetic; in 16-bit lanes a row's groups 0 and 2 lie side by side (even), and so do 1 and 3 (odd). */
-INLINE void add_block_g16(int n_streams, int n_tokens, const struct stream streams[], int64_t index, const uint8_t *x,
-                          __m256 sums[STREAMS_MAX][TILE_TOKENS]) {
+INLINE void add_block_g16(int n_streams, int n_tokens, const struct stream streams[], struct place place,
+                          const uint8_t *x, __m256 sums[STREAMS_MAX][TILE_TOKENS]) {
     __m256i scales[STREAMS_MAX], scaled_dots[STREAMS_MAX][TILE_TOKENS];
     UNROLL for (int stream = 0; stream < n_streams; stream++) {
-        scales[stream] = load(streams[stream].metadata + 2 * index * VECTOR_NBYTES);
+        scales[stream] = load(streams[stream].stripes + place.metadata);
     }
     UNROLL for (int group = 0; group < 4; group++) {
         UNROLL for (int stream = 0; stream < n_streams; stream++) {
-            __m256i codes = load(streams[stream].codes + (4 * index + group) * VECTOR_NBYTES), words[4];
+            __m256i merged = load(streams[stream].stripes + place.codes + group * VECTOR_NBYTES), words[4];
             __m256i factors = scales_of_group(scales[stream], group);
             UNROLL for (int word = 0; word < 4; word++) {
-                words[word] = masked(codes, 2 * word, 3);
+                words[word] = masked(merged, 2 * word, 3);
             }
             UNROLL for (int token = 0; token < n_tokens; token++) {
                 __m256i scaled = _mm256_madd_epi16(pairs_of_group(words, x, group, n_tokens, token), factors);
@@ -215,100 +216,95 @@ INLINE void add_block_g16(int n_streams, int n_tokens, const struct stream strea
             }
         }
     }
-    const __m256i low_bytes = _mm256_set1_epi16(0xff);
     UNROLL for (int stream = 0; stream < n_streams; stream++) {
-        __m256i zeros = load(streams[stream].metadata + (2 * index + 1) * VECTOR_NBYTES);
-        zeros = _mm256_xor_si256(zeros, _mm256_set1_epi8((char)0x80)); /* less 128, signed */
-        /* A scale with a zero byte beside it times two zeros is that scale times its zero. */
-        __m256i even = _mm256_and_si256(scales[stream], low_bytes), above = _mm256_xor_si256(scales[stream], even);
-        __m256i odd = _mm256_srli_epi16(scales[stream], 8);
-        __m256i even_products = _mm256_maddubs_epi16(even, zeros), odd_products = _mm256_maddubs_epi16(above, zeros);
+        __m256i bases = load(streams[stream].stripes + place.metadata + VECTOR_NBYTES);
+        __m256i even = _mm256_and_si256(bases, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(bases, 8);
         UNROLL for (int token = 0; token < n_tokens; token++) {
             __m256i even_x = broadcast(x + even_at(n_tokens) + 4 * token);
             __m256i odd_x = broadcast(x + odd_at(n_tokens) + 4 * token);
-            __m256i b = _mm256_add_epi32(_mm256_madd_epi16(even, even_x), _mm256_madd_epi16(odd, odd_x));
-            __m256i c = _mm256_add_epi32(_mm256_madd_epi16(even_products, even_x),
-                                         _mm256_madd_epi16(odd_products, odd_x));
-            __m256 above_zero = _mm256_fnmadd_ps(streams[stream].zero_min, _mm256_cvtepi32_ps(b),
-                                                 _mm256_cvtepi32_ps(scaled_dots[stream][token]));
-            above_zero = _mm256_fnmadd_ps(streams[stream].zero_step, _mm256_cvtepi32_ps(c), above_zero);
+            __m256i based = _mm256_add_epi32(_mm256_madd_epi16(even, even_x), _mm256_madd_epi16(odd, odd_x));
+            __m256 dot = _mm256_fmadd_ps(streams[stream].base_step, _mm256_cvtepi32_ps(based),
+                                         _mm256_cvtepi32_ps(scaled_dots[stream][token]));
             __m256 scale = broadcast_float(x + scales_at(n_tokens) + 4 * token);
-            sums[stream][token] = _mm256_fmadd_ps(scale, above_zero, sums[stream][token]);
+            sums[stream][token] = _mm256_fmadd_ps(scale, dot, sums[stream][token]);
         }
     }
 }
 
-INLINE struct stream stream_at(const struct plan *plan, int64_t panel, int nbits) {
-    const uint8_t *start = plan->panels + panel * plan->panel_nbytes;
-    __m256 zero_min = _mm256_loadu_ps(plan->zero_min + panel * PANEL_ROWS);
-    __m256 zero_step = _mm256_loadu_ps(plan->zero_step + panel * PANEL_ROWS);
-    if (nbits == 2) {
-        zero_min = _mm256_fmadd_ps(zero_step, _mm256_set1_ps(128.0f), zero_min);
-    }
-    return (struct stream){start, start + plan->codes_offset, zero_min, zero_step};
+INLINE struct stream stream_at(const struct plan *plan, int64_t panel) {
+    return (struct stream){
+        .stripes = plan->panels + panel * plan->panel_nbytes,
+        .base_min = _mm256_loadu_ps(plan->base_min + panel * PANEL_ROWS),
+        .base_step = _mm256_loadu_ps(plan->base_step + panel * PANEL_ROWS),
+    };
 }
 
 /* The three values of each row of a panel that comes soon; planes are padded, so the panel behind the last one is at
  * worst another plane's. */
 INLINE void prefetch_rows(const struct plan *plan, int64_t panel) {
     _mm_prefetch((const char *)(plan->scale_step + panel * PANEL_ROWS), _MM_HINT_T0);
-    _mm_prefetch((const char *)(plan->zero_min + panel * PANEL_ROWS), _MM_HINT_T0);
-    _mm_prefetch((const char *)(plan->zero_step + panel * PANEL_ROWS), _MM_HINT_T0);
+    _mm_prefetch((const char *)(plan->base_min + panel * PANEL_ROWS), _MM_HINT_T0);
+    _mm_prefetch((const char *)(plan->base_step + panel * PANEL_ROWS), _MM_HINT_T0);
 }
 
-/* Return how many blocks ahead of what is computed data is prefetched: far enough that memory has answered, near enough
- * that what came is still in the first-level cache. Measured; panels of 2 bits are fewer streams (see multiply_tile). */
-INLINE int64_t blocks_ahead(int nbits) { return nbits == 2 ? 18 : 12 / nbits; }
+/* Return how many bytes ahead of what is computed each stream is prefetched: far enough that memory has answered, near
+ * enough that what came is still in the first-level cache. Measured. Behind a panel the next one follows, so this never
+ * has to jump. */
+INLINE int64_t nbytes_ahead(int nbits) { return nbits == 2 ? 1024 : 832; }
 
-/* Where a block's codes and metadata lie that will be needed soon: so many blocks ahead, in the next panel if this one
- * has no more. Both as offsets from the panel's own. */
-struct ahead {
-    int64_t codes;
-    int64_t metadata;
-};
-
-INLINE void prefetch_block(const struct stream *stream, struct ahead ahead, int nbits) {
-    UNROLL for (int line = 0; line < nbits; line++) { /* a block's codes are 64 nbits bytes */
-        _mm_prefetch((const char *)stream->codes + ahead.codes + 64 * line, _MM_HINT_T0);
+INLINE void prefetch_lines(int n_streams, const struct stream streams[], int64_t at, int64_t n_lines) {
+    UNROLL for (int stream = 0; stream < n_streams; stream++) {
+        UNROLL for (int64_t line = 0; line < n_lines; line++) {
+            _mm_prefetch((const char *)streams[stream].stripes + at + 64 * line, _MM_HINT_T0);
+        }
     }
-    _mm_prefetch((const char *)stream->metadata + ahead.metadata, _MM_HINT_T0);
 }
 
 /* Compute n_streams panels for a tile; both counts and nbits are constants wherever this is inlined. */
 INLINE void multiply_streams(int n_streams, int n_tokens, const struct plan *plan, const int64_t panels[], int nbits,
                              const uint8_t *blocks, int64_t first_panel, float *const y[TILE_TOKENS]) {
     struct stream streams[STREAMS_MAX];
-    __m256 sums[STREAMS_MAX][TILE_TOKENS];
+    __m256 sums[STREAMS_MAX][TILE_TOKENS], scaled_sums[TILE_TOKENS];
     UNROLL for (int stream = 0; stream < n_streams; stream++) {
-        streams[stream] = stream_at(plan, panels[stream], nbits);
+        streams[stream] = stream_at(plan, panels[stream]);
         prefetch_rows(plan, panels[stream] + 1);
         UNROLL for (int token = 0; token < n_tokens; token++) {
             sums[stream][token] = _mm256_setzero_ps();
         }
     }
-    const int64_t codes_nbytes = 64 * nbits, metadata_nbytes = nbits == 2 ? 64 : 16, n_ahead = blocks_ahead(nbits);
-    struct ahead ahead = {n_ahead * codes_nbytes, n_ahead * metadata_nbytes};
-    for (int64_t index = 0; index < plan->n_blocks; index++) {
-        const uint8_t *x = blocks + index * block_nbytes_of(n_tokens);
-        if (index == plan->n_blocks - n_ahead) {
-            ahead.codes += plan->panel_nbytes - plan->n_blocks * codes_nbytes;
-            ahead.metadata += plan->panel_nbytes - plan->n_blocks * metadata_nbytes;
-        }
-        UNROLL for (int stream = 0; stream < n_streams; stream++) {
-            prefetch_block(&streams[stream], ahead, nbits);
-        }
-        ahead.codes += codes_nbytes;
-        ahead.metadata += metadata_nbytes;
-        if (nbits == 2) {
-            add_block_g16(n_streams, n_tokens, streams, index, x, sums);
-        } else {
-            add_block_g64(n_streams, n_tokens, streams, index, x, nbits, sums);
+    UNROLL for (int token = 0; token < n_tokens; token++) {
+        scaled_sums[token] = _mm256_setzero_ps();
+    }
+    const uint8_t *x = blocks;
+    for (int64_t first = 0, stripe = 0; first < plan->n_blocks; first += blocks_per_stripe(nbits), stripe += stripe_nbytes(nbits)) {
+        prefetch_lines(n_streams, streams, stripe + nbytes_ahead(nbits), 1); /* of metadata, elsewhere of codes */
+        struct place place = {stripe, stripe + STRIPE_METADATA_NBYTES};
+        int64_t n_blocks = plan->n_blocks - first;
+        n_blocks = n_blocks < blocks_per_stripe(nbits) ? n_blocks : blocks_per_stripe(nbits);
+        for (int64_t block = 0; block < n_blocks; block++) {
+            prefetch_lines(n_streams, streams, place.codes + nbytes_ahead(nbits), block_nbytes(nbits) / 64);
+            if (nbits == 2) {
+                add_block_g16(n_streams, n_tokens, streams, place, x, sums);
+                UNROLL for (int token = 0; token < n_tokens; token++) {
+                    __m256 scaled_sum = broadcast_float(x + scaled_sums_at(n_tokens) + 4 * token);
+                    scaled_sums[token] = _mm256_add_ps(scaled_sums[token], scaled_sum);
+                }
+            } else {
+                add_block_g64(n_streams, n_tokens, streams, place, x, nbits, sums);
+            }
+            place.metadata += metadata_nbytes(nbits);
+            place.codes += block_nbytes(nbits);
+            x += block_nbytes_of(n_tokens);
         }
     }
     UNROLL for (int stream = 0; stream < n_streams; stream++) {
         __m256 scale_step = _mm256_loadu_ps(plan->scale_step + panels[stream] * PANEL_ROWS);
         UNROLL for (int token = 0; token < n_tokens; token++) {
-            f32x8 rows = (f32x8)_mm256_mul_ps(scale_step, sums[stream][token]);
+            __m256 sum = sums[stream][token];
+            if (nbits == 2) {
+                sum = _mm256_fmadd_ps(streams[stream].base_min, scaled_sums[token], sum);
+            }
+            f32x8 rows = (f32x8)_mm256_mul_ps(scale_step, sum);
             store_rows(plan, panels[stream], rows, y[token] + (panels[stream] - first_panel) * PANEL_ROWS);
         }
     }
@@ -333,8 +329,8 @@ INLINE void multiply_range(int n_streams, int n_tokens, const struct plan *plan,
 INLINE void multiply_tile(const struct plan *plan, int64_t first_panel, int64_t n_panels, const struct tile *tile,
                           float *const y[TILE_TOKENS], int nbits) {
     switch (tile->n_tokens) {
-    case 1: /* metadata is a stream of its own, which for groups of 16 is as much as half of the codes */
-        multiply_range(nbits == 2 ? 2 : 4, 1, plan, first_panel, n_panels, nbits, tile->blocks, y);
+    case 1:
+        multiply_range(4, 1, plan, first_panel, n_panels, nbits, tile->blocks, y);
         break;
     case 2:
         multiply_range(2, 2, plan, first_panel, n_panels, nbits, tile->blocks, y);

@@ -5,8 +5,6 @@
 #include "exact.h"
 #include "unpack.h"
 
-enum { ZERO_CENTER = 128 };
-
 INLINE f32x8 fma_lanes(f32x8 a, f32x8 b, f32x8 c) {
     for (int lane = 0; lane < LANES; lane++) {
         c[lane] = fmaf(a[lane], b[lane], c[lane]);
@@ -34,40 +32,30 @@ INLINE i32x8 dot_of(const u32x8 *words, const uint8_t *x, int n_tokens, int firs
     return dot;
 }
 
-INLINE f32x8 add_block_g64(const struct panel *panel, int64_t index, const u32x8 words[WORDS], const uint8_t *block,
-                           int n_tokens, int token, int center, f32x8 sum) {
-    const uint8_t *metadata = panel->metadata + index * 2 * PANEL_ROWS;
+INLINE f32x8 add_block_g64(const struct panel *panel, const uint8_t *metadata, const u32x8 words[WORDS],
+                           const uint8_t *block, int n_tokens, int token, int center, f32x8 sum) {
     float scale = float_at(block + scales_at(n_tokens) + 4 * token);
-    float sum_q = float_at(block + sums_at(n_tokens) + 4 * token);
-    f32x8 zero = fma_lanes(panel->zero_step, group_codes(metadata + PANEL_ROWS, 1, 0), panel->zero_min);
-    if (center != 0) {
-        zero -= (float)center;
-    }
+    float scaled_sum = float_at(block + scaled_sums_at(n_tokens) + 4 * token);
+    f32x8 base = fma_lanes(panel->base_step, group_bytes(metadata + PANEL_ROWS, 1, 0), panel->base_min);
     i32x8 dot = dot_of(words, block + 4 * token, n_tokens, 0, WORDS, center);
-    f32x8 above_zero = fma_lanes(-zero, (f32x8){0} + sum_q, to_f32_signed(dot));
-    return fma_lanes(group_codes(metadata, 1, 0) * scale, above_zero, sum);
+    sum = fma_lanes(group_bytes(metadata, 1, 0) * scale, to_f32_signed(dot), sum);
+    return fma_lanes(base, (f32x8){0} + scaled_sum, sum);
 }
 
-INLINE f32x8 add_block_g16(const struct panel *panel, int64_t index, const u32x8 words[WORDS], const uint8_t *block,
-                           int n_tokens, int token, f32x8 sum) {
-    const uint8_t *metadata = panel->metadata + index * 2 * PANEL_ROWS * 4;
-    u32x8 scales = load_u32(metadata), zeros = load_u32(metadata + 4 * PANEL_ROWS);
-    i32x8 a = {0}, b = {0}, c = {0};
+INLINE f32x8 add_block_g16(const struct panel *panel, const uint8_t *metadata, const u32x8 words[WORDS],
+                           const uint8_t *block, int n_tokens, int token, f32x8 sum) {
+    u32x8 scales = load_u32(metadata), bases = load_u32(metadata + 4 * PANEL_ROWS);
+    i32x8 a = {0}, c = {0};
     for (int group = 0; group < 4; group++) {
-        i32x8 s = (i32x8)(scales >> (8 * group) & 0xff);
-        i32x8 z = (i32x8)(zeros >> (8 * group) & 0xff) - ZERO_CENTER;
         int16_t sum_q;
         int at = (group % 2 ? odd_at(n_tokens) : even_at(n_tokens)) + 4 * token + 2 * (group / 2);
         memcpy(&sum_q, block + at, sizeof sum_q);
-        a += s * dot_of(words, block + 4 * token, n_tokens, 4 * group, 4, 0);
-        b += s * (int32_t)sum_q;
-        c += s * z * (int32_t)sum_q;
+        a += (i32x8)(scales >> (8 * group) & 0xff) * dot_of(words, block + 4 * token, n_tokens, 4 * group, 4, 0);
+        c += (i32x8)(bases >> (8 * group) & 0xff) * (int32_t)sum_q;
     }
     float scale = float_at(block + scales_at(n_tokens) + 4 * token);
-    f32x8 zero_min = fma_lanes(panel->zero_step, (f32x8){0} + (float)ZERO_CENTER, panel->zero_min);
-    f32x8 above_zero = fma_lanes(-zero_min, to_f32_signed(b), to_f32_signed(a));
-    above_zero = fma_lanes(-panel->zero_step, to_f32_signed(c), above_zero);
-    return fma_lanes((f32x8){0} + scale, above_zero, sum);
+    f32x8 dot = fma_lanes(panel->base_step, to_f32_signed(c), to_f32_signed(a));
+    return fma_lanes((f32x8){0} + scale, dot, sum);
 }
 
 INLINE void multiply_panels(const struct plan *plan, int64_t first_panel, int64_t n_panels, const struct tile *tile,
@@ -76,17 +64,25 @@ INLINE void multiply_panels(const struct plan *plan, int64_t first_panel, int64_
     for (int64_t index = first_panel; index < first_panel + n_panels; index++) {
         struct panel panel = panel_at(plan, index);
         f32x8 sum[TILE_TOKENS] = {{0}};
+        float scaled_sum[TILE_TOKENS] = {0};
         for (int64_t block = 0; block < plan->n_blocks; block++) {
             const uint8_t *x = tile->blocks + block * block_nbytes_of(n_tokens);
+            const uint8_t *metadata = metadata_of(&panel, block, nbits);
             u32x8 words[WORDS];
-            split_words(panel.codes + block * (PANEL_ROWS * BLOCK_COLS / 8) * nbits, nbits, words);
+            split_words(codes_of(&panel, block, nbits), nbits, words);
             for (int token = 0; token < n_tokens; token++) {
-                sum[token] = nbits == 2 ? add_block_g16(&panel, block, words, x, n_tokens, token, sum[token])
-                                        : add_block_g64(&panel, block, words, x, n_tokens, token, nbits == 8 ? 128 : 0,
-                                                        sum[token]);
+                if (nbits == 2) {
+                    sum[token] = add_block_g16(&panel, metadata, words, x, n_tokens, token, sum[token]);
+                    scaled_sum[token] += float_at(x + scaled_sums_at(n_tokens) + 4 * token);
+                } else {
+                    sum[token] = add_block_g64(&panel, metadata, words, x, n_tokens, token, center_of(nbits), sum[token]);
+                }
             }
         }
         for (int token = 0; token < n_tokens; token++) {
+            if (nbits == 2) {
+                sum[token] = fma_lanes(panel.base_min, (f32x8){0} + scaled_sum[token], sum[token]);
+            }
             store_rows(plan, index, panel.scale_step * sum[token], y[token] + (index - first_panel) * PANEL_ROWS);
         }
     }

@@ -7,7 +7,6 @@ static const int64_t cols_max = 1 << 24;
 static int64_t aligned(int64_t nbytes) { return (nbytes + PLANE_ALIGNMENT - 1) / PLANE_ALIGNMENT * PLANE_ALIGNMENT; }
 
 static bool describe_format(int64_t format, struct plan *plan) {
-    plan->groups_per_block = 1;
     switch (format) {
     case EXPERTD_BF16:
     case EXPERTD_FP16:
@@ -24,7 +23,6 @@ static bool describe_format(int64_t format, struct plan *plan) {
         return true;
     case EXPERTD_Q2_G16:
         plan->nbits = 2;
-        plan->groups_per_block = 4;
         return true;
     default:
         return false;
@@ -45,11 +43,11 @@ static int64_t place_planes(const struct expertd_part *part, struct plan *plan) 
     int64_t row_plane_nbytes = aligned(plan->n_panels * PANEL_ROWS * 4);
     plan->n_blocks = part->cols / BLOCK_COLS;
     plan->scale_step = (const float *)part->bytes;
-    plan->zero_min = (const float *)(part->bytes + row_plane_nbytes);
-    plan->zero_step = (const float *)(part->bytes + 2 * row_plane_nbytes);
+    plan->base_min = (const float *)(part->bytes + row_plane_nbytes);
+    plan->base_step = (const float *)(part->bytes + 2 * row_plane_nbytes);
     plan->panels = part->bytes + 3 * row_plane_nbytes;
-    plan->codes_offset = aligned(plan->n_blocks * 2 * PANEL_ROWS * plan->groups_per_block);
-    plan->panel_nbytes = plan->codes_offset + aligned(plan->n_blocks * PANEL_ROWS * BLOCK_COLS * plan->nbits / 8);
+    int64_t n_stripes = (plan->n_blocks + blocks_per_stripe(plan->nbits) - 1) / blocks_per_stripe(plan->nbits);
+    plan->panel_nbytes = aligned(n_stripes * STRIPE_METADATA_NBYTES + plan->n_blocks * block_nbytes(plan->nbits));
     return 3 * row_plane_nbytes + plan->n_panels * plan->panel_nbytes;
 }
 

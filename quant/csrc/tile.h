@@ -6,7 +6,7 @@
  *
  *     int32 words[16][T]    four neighbouring q a word: what one 32-bit lane of codes is multiplied with
  *     float scales[T]
- *     float sums[T]         of the 64 q: the share of a group's zero
+ *     float scaled_sums[T]  scale times the sum of the 64 q: what a group's base is multiplied by
  *     int32 even[T]         sums of the first and the third 16 q, as a pair of int16: for groups of 16 inputs
  *     int32 odd[T]          likewise the second and the fourth
  *
@@ -33,7 +33,7 @@ struct tile {
 /* Where the fields of a block of a tile of T tokens begin. */
 INLINE int64_t block_nbytes_of(int n_tokens) { return (int64_t)TOKEN_BLOCK_NBYTES * n_tokens; }
 INLINE int scales_at(int n_tokens) { return BLOCK_COLS * n_tokens; }
-INLINE int sums_at(int n_tokens) { return (BLOCK_COLS + 4) * n_tokens; }
+INLINE int scaled_sums_at(int n_tokens) { return (BLOCK_COLS + 4) * n_tokens; }
 INLINE int even_at(int n_tokens) { return (BLOCK_COLS + 8) * n_tokens; }
 INLINE int odd_at(int n_tokens) { return (BLOCK_COLS + 12) * n_tokens; }
 
@@ -67,10 +67,10 @@ INLINE int32_t pair_of(int32_t low, int32_t high) { return (int32_t)(((uint32_t)
 
 /* Write what stands behind a block's words; sums are those of each 16 codes. */
 INLINE void store_sums(const int32_t sums[4], float scale, int n_tokens, int token, uint8_t *block) {
-    float sum = (float)(sums[0] + sums[1] + sums[2] + sums[3]);
+    float scaled_sum = scale * (float)(sums[0] + sums[1] + sums[2] + sums[3]);
     int32_t even = pair_of(sums[0], sums[2]), odd = pair_of(sums[1], sums[3]);
     memcpy(block + scales_at(n_tokens) + 4 * token, &scale, 4);
-    memcpy(block + sums_at(n_tokens) + 4 * token, &sum, 4);
+    memcpy(block + scaled_sums_at(n_tokens) + 4 * token, &scaled_sum, 4);
     memcpy(block + even_at(n_tokens) + 4 * token, &even, 4);
     memcpy(block + odd_at(n_tokens) + 4 * token, &odd, 4);
 }

@@ -71,55 +71,63 @@ INLINE void split_words(const uint8_t *codes, int nbits, u32x8 words[WORDS]) {
     }
 }
 
-/* What the eight rows of one panel share. */
+/* One panel, and what its eight rows share. */
 struct panel {
-    const uint8_t *metadata;
-    const uint8_t *codes;
+    const uint8_t *stripes;
     f32x8 scale_step;
-    f32x8 zero_min;
-    f32x8 zero_step;
+    f32x8 base_min;
+    f32x8 base_step;
 };
 
 INLINE struct panel panel_at(const struct plan *plan, int64_t index) {
-    const uint8_t *start = plan->panels + index * plan->panel_nbytes;
     return (struct panel){
-        .metadata = start,
-        .codes = start + plan->codes_offset,
+        .stripes = plan->panels + index * plan->panel_nbytes,
         /* Row planes are padded to whole panels. */
         .scale_step = load_f32(plan->scale_step + index * PANEL_ROWS),
-        .zero_min = load_f32(plan->zero_min + index * PANEL_ROWS),
-        .zero_step = load_f32(plan->zero_step + index * PANEL_ROWS),
+        .base_min = load_f32(plan->base_min + index * PANEL_ROWS),
+        .base_step = load_f32(plan->base_step + index * PANEL_ROWS),
     };
 }
 
-/* Return the u8 codes of one group, a row a lane; `groups` is a constant wherever this is inlined. */
-INLINE f32x8 group_codes(const uint8_t *codes, int groups, int group) {
+/* Where the metadata and the codes of a block lie. */
+INLINE const uint8_t *metadata_of(const struct panel *panel, int64_t block, int nbits) {
+    int64_t stripe = block / blocks_per_stripe(nbits), place = block % blocks_per_stripe(nbits);
+    return panel->stripes + stripe * stripe_nbytes(nbits) + place * metadata_nbytes(nbits);
+}
+
+INLINE const uint8_t *codes_of(const struct panel *panel, int64_t block, int nbits) {
+    int64_t stripe = block / blocks_per_stripe(nbits);
+    return panel->stripes + (stripe + 1) * STRIPE_METADATA_NBYTES + block * block_nbytes(nbits);
+}
+
+/* Return the bytes of one group, a row a lane; `groups` is a constant wherever this is inlined. */
+INLINE f32x8 group_bytes(const uint8_t *bytes, int64_t groups, int group) {
     u32x8 v;
     if (groups == 4) {
-        v = load_u32(codes) >> (8 * group) & 0xff; /* a row's four groups are the bytes of its lane */
+        v = load_u32(bytes) >> (8 * group) & 0xff; /* a row's four groups are the bytes of its lane */
     } else {
         for (int row = 0; row < PANEL_ROWS; row++) {
-            v[row] = codes[row];
+            v[row] = bytes[row];
         }
     }
     return to_f32(v);
 }
 
-/* Expand block `index` of a panel: weights[k] holds input k of the block. `nbits` and `groups` are constants wherever
- * this is inlined. Each operation rounds by itself, as in quant/reference.py (the library is built without
- * contraction to fused operations). */
-INLINE void unpack_block(const struct panel *panel, int64_t index, int nbits, int groups, f32x8 weights[BLOCK_COLS]) {
-    const uint8_t *codes = panel->codes + index * (PANEL_ROWS * BLOCK_COLS / 8) * nbits;
-    const uint8_t *metadata = panel->metadata + index * 2 * PANEL_ROWS * groups;
+/* Expand a block of a panel: weights[k] holds input k of the block, in units of the rows' scale_step. `nbits` is a
+ * constant wherever this is inlined. Each operation rounds by itself, as in quant/reference.py (the library is built
+ * without contraction to fused operations). */
+INLINE void unpack_block(const struct panel *panel, int64_t block, int nbits, f32x8 weights[BLOCK_COLS]) {
+    const int64_t groups = groups_per_block(nbits);
+    const uint8_t *metadata = metadata_of(panel, block, nbits);
     u32x8 words[WORDS];
-    split_words(codes, nbits, words);
+    split_words(codes_of(panel, block, nbits), nbits, words);
     for (int group = 0; group < groups; group++) {
-        f32x8 scale = panel->scale_step * group_codes(metadata, groups, group);
-        f32x8 zero = panel->zero_min + panel->zero_step * group_codes(metadata + PANEL_ROWS * groups, groups, group);
-        for (int word = group * WORDS / groups; word < (group + 1) * WORDS / groups; word++) {
+        f32x8 s = group_bytes(metadata, groups, group);
+        f32x8 base = panel->base_min + panel->base_step * group_bytes(metadata + PANEL_ROWS * groups, groups, group);
+        for (int64_t word = group * WORDS / groups; word < (group + 1) * WORDS / groups; word++) {
             for (int byte = 0; byte < 4; byte++) {
-                f32x8 q = to_f32(words[word] >> (8 * byte) & 0xff);
-                weights[4 * word + byte] = (q - zero) * scale;
+                f32x8 q = to_f32(words[word] >> (8 * byte) & 0xff) - (float)center_of(nbits);
+                weights[4 * word + byte] = s * q + base;
             }
         }
     }

@@ -4,10 +4,10 @@ Codes and second-level bytes are random in every matrix; its row planes are chos
 given standard deviation and the mean 0. Padding is zero, as the converter's is. `protocol.layout` is the authority on
 where each byte lies.
 
-For codes q of b bits, uniform in 0 … 2^b - 1, and second-level bytes s and z, uniform in 0 … 255:
+For codes q, uniform in all that the width has, and second-level bytes s and b, uniform in 0 … 255, all independent:
 
-    w = (q - zero) * scale_step * s              zero = zero_min + zero_step * z
-    E[zero] = E[q], so E[w] = 0                  var(w) = scale_step² * E[s²] * (var(q) + zero_step² * var(z))
+    w = scale_step * (s * c + base)         c = q - center, base = base_min + base_step * b
+    E[base] = -E[s] E[c], so E[w] = 0       var(w) = scale_step² * (E[s²] E[c²] - E[s]² E[c]² + base_step² * var(b))
 """
 
 import math
@@ -16,15 +16,24 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.layout import PANEL_ROWS, PLANE_ALIGNMENT, PanelPlan, Part, aligned, panel_plan, part_nbytes
+from protocol.layout import (
+    PANEL_ROWS,
+    PLANE_ALIGNMENT,
+    STRIPE_METADATA_NBYTES,
+    PanelPlan,
+    Part,
+    aligned,
+    panel_plan,
+    part_nbytes,
+)
 from protocol.schemes import BF16, Scheme, scheme_named
 
 Bytes = NDArray[np.uint8]
 
 _STRIP_NBYTES = 8 << 20
 _BYTE_MAX = 255
-# The zeros of a row differ by a quarter of the codes' range, about as much as quantized weights' do.
-_ZERO_SPREAD = 0.25
+# The bases of a row differ by a quarter of what the codes span at a middling scale.
+_BASE_SPREAD = 0.25
 
 
 def random_record(parts: Sequence[Part], nbytes: int, generator: np.random.Generator) -> Iterator[Bytes]:
@@ -62,21 +71,29 @@ def _padding(part: Part) -> Iterator[Bytes]:
 
 
 def _row_planes(rows: int, plan: PanelPlan, scheme: Scheme, std: float) -> Bytes:
-    """Return scale_step, zero_min and zero_step; 0 for the rows that only fill the last panel."""
+    """Return scale_step, base_min and base_step; 0 for the rows that only fill the last panel."""
     code_max = (1 << scheme.nbits) - 1
-    zero_step = code_max * _ZERO_SPREAD / _BYTE_MAX
-    zero_min = code_max / 2 - zero_step * _BYTE_MAX / 2
-    variance_of_steps = ((code_max + 1) ** 2 - 1) / 12 + zero_step**2 * ((_BYTE_MAX + 1) ** 2 - 1) / 12
-    mean_square_of_bytes = _BYTE_MAX * (2 * _BYTE_MAX + 1) / 6
-    scale_step = std / math.sqrt(variance_of_steps * mean_square_of_bytes)
+    mean_code = code_max / 2 - scheme.center
+    mean_square_of_codes = _variance(code_max) + mean_code**2
+    mean_byte = _BYTE_MAX / 2
+    mean_square_of_bytes = _variance(_BYTE_MAX) + mean_byte**2
+    base_step = code_max * mean_byte * _BASE_SPREAD / _BYTE_MAX
+    base_min = -mean_byte * mean_code - base_step * mean_byte
+    variance_of_products = mean_square_of_bytes * mean_square_of_codes - (mean_byte * mean_code) ** 2
+    scale_step = std / math.sqrt(variance_of_products + base_step**2 * _variance(_BYTE_MAX))
     planes = np.zeros(plan.panels_offset, np.uint8)
     for offset, value in (
         (plan.scale_step_offset, scale_step),
-        (plan.zero_min_offset, zero_min),
-        (plan.zero_step_offset, zero_step),
+        (plan.base_min_offset, base_min),
+        (plan.base_step_offset, base_step),
     ):
         planes[offset : offset + 4 * rows].view(np.float32)[:] = value
     return planes
+
+
+def _variance(largest: int) -> float:
+    """Return the variance of whole numbers uniform in 0 … largest."""
+    return ((largest + 1) ** 2 - 1) / 12
 
 
 def _panels(rows: int, plan: PanelPlan, generator: np.random.Generator) -> Iterator[Bytes]:
@@ -84,18 +101,22 @@ def _panels(rows: int, plan: PanelPlan, generator: np.random.Generator) -> Itera
     for first in range(0, plan.n_panels, per_strip):
         n_panels = min(per_strip, plan.n_panels - first)
         panels = _random_bytes(n_panels * plan.panel_nbytes, generator).reshape(n_panels, plan.panel_nbytes)
-        panels[:, plan.metadata_nbytes : plan.codes_offset] = 0
-        panels[:, plan.codes_offset + plan.codes_nbytes :] = 0
+        last_stripe = (plan.n_stripes - 1) * plan.stripe_nbytes
+        n_last_blocks = plan.n_blocks - (plan.n_stripes - 1) * plan.blocks_per_stripe
+        last_metadata_nbytes = n_last_blocks * STRIPE_METADATA_NBYTES // plan.blocks_per_stripe
+        panels[:, last_stripe + last_metadata_nbytes : last_stripe + STRIPE_METADATA_NBYTES] = 0
+        panels[:, plan.filled_nbytes :] = 0
         if first + n_panels == plan.n_panels and rows % PANEL_ROWS:
             _clear_missing_rows(panels[-1], rows % PANEL_ROWS, plan)
         yield panels.reshape(-1)
 
 
 def _clear_missing_rows(panel: Bytes, n_rows: int, plan: PanelPlan) -> None:
-    metadata = panel[: plan.metadata_nbytes].reshape(plan.n_blocks, 2, PANEL_ROWS, plan.groups_per_block)
-    metadata[:, :, n_rows:] = 0
-    codes = panel[plan.codes_offset : plan.codes_offset + plan.codes_nbytes].reshape(-1, PANEL_ROWS, 4)
-    codes[:, n_rows:] = 0
+    for start in range(0, plan.filled_nbytes, plan.stripe_nbytes):
+        codes_start, end = start + STRIPE_METADATA_NBYTES, min(start + plan.stripe_nbytes, plan.filled_nbytes)
+        metadata = panel[start:codes_start].reshape(-1, PANEL_ROWS, plan.groups_per_block)
+        metadata[:, n_rows:] = 0
+        panel[codes_start:end].reshape(-1, PANEL_ROWS, 4)[:, n_rows:] = 0
 
 
 def _sixteen_bit(part: Part, scheme: Scheme, std: float, generator: np.random.Generator) -> Iterator[Bytes]:

@@ -81,7 +81,7 @@ def test_a_program_gets_everything_as_json() -> None:
 def test_inspect_shows_model_schemes_and_sizes(manifest: Manifest) -> None:
     text = inspect_text(Path("/models/mixtral"), manifest)
 
-    assert f"format 1, digest {manifest.digest[:12]}" in text
+    assert f"format 2, digest {manifest.digest[:12]}" in text
     assert "2 layers of 4 experts, 2 per token" in text
     assert "w1 128 x 64 4bit-g64" in text
     assert "config.json" in text

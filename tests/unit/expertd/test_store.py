@@ -144,12 +144,12 @@ def test_a_changed_manifest_is_refused_by_its_digest(store: Path) -> None:
 
 
 def test_another_format_version_is_refused_by_its_number(store: Path) -> None:
-    rewrite_json(store, lambda document: document.update(format_version=2))
+    rewrite_json(store, lambda document: document.update(format_version=1))
 
     line = refusal_of(store)
 
-    assert "format version 2" in line
-    assert "reads version 1" in line
+    assert "format version 1" in line
+    assert "reads version 2" in line
 
 
 def test_an_endless_manifest_is_refused_by_its_length(store: Path) -> None:

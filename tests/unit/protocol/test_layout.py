@@ -36,14 +36,24 @@ def test_a_mixtral_expert_is_no_larger_than_hqqs_by_half_a_percent(scheme: str, 
 def test_planes_of_a_part_lie_one_after_another_and_aligned(rows: int, n_blocks: int, scheme: Scheme) -> None:
     plan = panel_plan(rows, n_blocks * 64, scheme)
 
-    offsets = [plan.scale_step_offset, plan.zero_min_offset, plan.zero_step_offset, plan.panels_offset]
+    offsets = [plan.scale_step_offset, plan.base_min_offset, plan.base_step_offset, plan.panels_offset]
     assert offsets == sorted(offsets)
-    assert all(offset % PLANE_ALIGNMENT == 0 for offset in [*offsets, plan.codes_offset, plan.panel_nbytes])
-    assert plan.zero_min_offset >= rows * 4
-    assert plan.codes_offset >= plan.metadata_nbytes
-    assert plan.panel_nbytes >= plan.codes_offset + plan.codes_nbytes
+    assert all(offset % PLANE_ALIGNMENT == 0 for offset in [*offsets, plan.panel_nbytes])
+    assert plan.base_min_offset >= rows * 4
     assert plan.n_panels * 8 >= rows
-    assert plan.codes_nbytes * plan.n_panels * 8 >= rows * n_blocks * 64 * scheme.nbits
+    assert 0 <= plan.panel_nbytes - plan.filled_nbytes < PLANE_ALIGNMENT
+
+
+@given(st.integers(1, 40), st.sampled_from(QUANTIZED))
+def test_a_panel_holds_its_codes_and_two_bytes_a_group(n_blocks: int, scheme: Scheme) -> None:
+    plan = panel_plan(8, n_blocks * 64, scheme)
+
+    n_inputs = 8 * n_blocks * 64
+    assert scheme.group_size is not None
+    needed = n_inputs * scheme.nbits // 8 + 2 * n_inputs // scheme.group_size
+    assert needed <= plan.filled_nbytes < needed + 64
+    assert (plan.n_stripes - 1) * plan.blocks_per_stripe < n_blocks <= plan.n_stripes * plan.blocks_per_stripe
+    assert plan.filled_nbytes <= plan.n_stripes * plan.stripe_nbytes
 
 
 @given(

@@ -60,9 +60,9 @@ def test_a_digest_is_read_without_parsing_and_is_that_of_the_manifest(tmp_path: 
 
 
 def test_another_format_version_is_refused_with_the_remedy(document: Document) -> None:
-    document["format_version"] = 2
+    document["format_version"] = 1
 
-    with pytest.raises(ManifestError, match=r"format version 2, this expertd reads version 1; quantize .* again"):
+    with pytest.raises(ManifestError, match=r"format version 1, this expertd reads version 2; quantize .* again"):
         load_manifest(signed_manifest(document))
 
 

@@ -40,7 +40,7 @@ def rounded_to_int8(x: Tensor) -> Tensor:
 def product_with_bound(x: Tensor, part: Part, part_bytes: Tensor) -> tuple[Tensor, Tensor]:
     """Return x · Wᵀ in float64 and the sum of the magnitudes of what a kernel adds up to get there: both [T, rows].
 
-    Each weight counts with code and zero, which a kernel multiplies and adds apart.
+    Each weight counts with its code and its base, which a kernel multiplies and adds apart.
     """
     scheme = scheme_named(part.scheme)
     if scheme.group_size is None:
@@ -52,16 +52,17 @@ def product_with_bound(x: Tensor, part: Part, part_bytes: Tensor) -> tuple[Tenso
 
 
 def weights_with_magnitudes(matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
-    """Return (q - zero) * scale and (|q| + |zero's parts|) * |scale|, f64 [rows, cols]."""
+    """Return the weights and the magnitudes of what a kernel adds up for them, f64 [rows, cols]."""
     assert matrix.scheme.group_size is not None
 
     def by_input(plane: Tensor) -> Tensor:
         return plane.repeat_interleave(matrix.scheme.group_size or 1, dim=1)
 
-    scale_step, zero_min, zero_step = (
-        plane.double()[:, None] for plane in (matrix.scale_step, matrix.zero_min, matrix.zero_step)
+    scale_step, base_min, base_step = (
+        plane.double()[:, None] for plane in (matrix.scale_step, matrix.base_min, matrix.base_step)
     )
-    scale, codes = by_input(scale_step * matrix.scale_codes.double()), matrix.codes.double()
-    zero = by_input(zero_min + zero_step * matrix.zero_codes.double())
-    largest_zero = zero_min.abs() + 256 * zero_step.abs()
-    return (codes - zero) * scale, (codes + 128 + largest_zero) * scale.abs()
+    scale = by_input(scale_step * matrix.scale_codes.double())
+    code = matrix.codes.double() - matrix.scheme.center
+    base = by_input(base_min + base_step * matrix.base_codes.double()) * scale_step
+    largest_base = (base_min.abs() + 255 * base_step.abs()) * scale_step.abs()
+    return code * scale + base, code.abs() * scale.abs() + largest_base

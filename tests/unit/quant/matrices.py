@@ -13,7 +13,7 @@ from quant.packing import QuantizedMatrix
 
 QUANTIZED = (Q8_G64, Q4_G64, Q3_G64, Q2_G16)
 ALL_SCHEMES = (BF16, FP16, *QUANTIZED)
-FIELDS = ("codes", "scale_codes", "zero_codes", "scale_step", "zero_min", "zero_step")
+FIELDS = ("codes", "scale_codes", "base_codes", "scale_step", "base_min", "base_step")
 
 schemes = st.sampled_from(QUANTIZED)
 all_schemes = st.sampled_from(ALL_SCHEMES)
@@ -42,14 +42,14 @@ def random_quantized(rows: int, cols: int, scheme: Scheme, seed: int = 0) -> Qua
 
 
 def zero_quantized(rows: int, cols: int, scheme: Scheme) -> QuantizedMatrix:
-    return constant_quantized(rows, cols, scheme, code=0, scale_code=0, zero_code=0, steps=(0.0, 0.0, 0.0))
+    return constant_quantized(rows, cols, scheme, code=0, scale_code=0, base_code=0, steps=(0.0, 0.0, 0.0))
 
 
 def constant_quantized(
-    rows: int, cols: int, scheme: Scheme, *, code: int, scale_code: int, zero_code: int,
+    rows: int, cols: int, scheme: Scheme, *, code: int, scale_code: int, base_code: int,
     steps: tuple[float, float, float],
 ) -> QuantizedMatrix:  # fmt: skip
-    """Return a matrix that is the same everywhere; `steps` are scale_step, zero_min and zero_step."""
+    """Return a matrix that is the same everywhere; `steps` are scale_step, base_min and base_step."""
     assert scheme.group_size is not None
 
     def codes(n_cols: int, value: int) -> Tensor:
@@ -57,7 +57,7 @@ def constant_quantized(
 
     n_groups = cols // scheme.group_size
     planes = [torch.full((rows,), step) for step in steps]
-    return QuantizedMatrix(scheme, codes(cols, code), codes(n_groups, scale_code), codes(n_groups, zero_code), *planes)
+    return QuantizedMatrix(scheme, codes(cols, code), codes(n_groups, scale_code), codes(n_groups, base_code), *planes)
 
 
 @cache

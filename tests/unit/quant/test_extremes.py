@@ -28,15 +28,15 @@ X = torch.tensor([list(itertools.islice(itertools.cycle(period), COLS)) for peri
 
 @pytest.mark.parametrize("scheme", QUANTIZED, ids=name_of)
 @pytest.mark.parametrize("scale_code", [0, 1, 255])
-@pytest.mark.parametrize("zero_code", [0, 128, 255])
-def test_no_sum_of_the_largest_codes_overflows(scheme: Scheme, scale_code: int, zero_code: int) -> None:
+@pytest.mark.parametrize("base_code", [0, 128, 255])
+def test_no_sum_of_the_largest_codes_overflows(scheme: Scheme, scale_code: int, base_code: int) -> None:
     largest = 2**scheme.nbits - 1
     matrices = [
         constant_quantized(
-            ROWS, COLS, scheme, code=code, scale_code=scale_code, zero_code=zero_code, steps=(1.0, zero_min, 1.0)
+            ROWS, COLS, scheme, code=code, scale_code=scale_code, base_code=base_code, steps=(1.0, base_min, 1.0)
         )
         for code in (0, largest)
-        for zero_min in (0.0, -128.0, 255.0)
+        for base_min in (0.0, -128.0, 255.0)
     ]
 
     errors = [error_of(matrix, X[tokens]) for matrix in matrices for tokens in (slice(0, 6), [0], [0, 1], [3, 1, 4])]
@@ -51,7 +51,7 @@ def test_no_sum_of_codes_that_follow_the_activations_signs_overflows(scheme: Sch
     # The greatest and the least dot products there are: codes largest where that adds most, else 0.
     generator = torch.Generator().manual_seed(n_tokens)
     x = 127.0 * (2 * torch.randint(0, 2, (1, COLS), generator=generator) - 1)
-    matrix = constant_quantized(ROWS, COLS, scheme, code=0, scale_code=255, zero_code=0, steps=(1.0, 0.0, 1.0))
+    matrix = constant_quantized(ROWS, COLS, scheme, code=0, scale_code=255, base_code=0, steps=(1.0, 0.0, 1.0))
     matrix.codes[:, (sign * x[0]) > 0] = 2**scheme.nbits - 1
 
     error = error_of(matrix, x.expand(n_tokens, COLS))
@@ -64,9 +64,9 @@ def test_no_sum_of_random_extremes_overflows(scheme: Scheme) -> None:
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         x = 127.0 * (2 * torch.randint(0, 2, (1 + seed % 4, COLS), generator=generator) - 1)
-        matrix = constant_quantized(ROWS, COLS, scheme, code=0, scale_code=0, zero_code=0, steps=(1.0, 0.0, 1.0))
+        matrix = constant_quantized(ROWS, COLS, scheme, code=0, scale_code=0, base_code=0, steps=(1.0, 0.0, 1.0))
         for plane, largest in (
-            (matrix.codes, 2**scheme.nbits - 1), (matrix.scale_codes, 255), (matrix.zero_codes, 255)
+            (matrix.codes, 2**scheme.nbits - 1), (matrix.scale_codes, 255), (matrix.base_codes, 255)
         ):  # fmt: skip
             plane.copy_(largest * torch.randint(0, 2, plane.shape, generator=generator))
 
@@ -91,11 +91,11 @@ def product_in_integers(matrix: QuantizedMatrix, x: Tensor) -> tuple[Tensor, Ten
     group_size = matrix.scheme.group_size
     assert group_size is not None
     codes, x_codes = (tensor.long().view(len(tensor), -1, group_size) for tensor in (matrix.codes, x))
-    zero = matrix.zero_min.long()[:, None] + matrix.zero_step.long()[:, None] * matrix.zero_codes.long()  # [rows, G]
-    scale = matrix.scale_step.long()[:, None] * matrix.scale_codes.long()
-    dot = (x_codes[:, None] * codes[None]).sum(-1)  # [T, rows, G]
-    offset = zero[None] * x_codes.sum(-1)[:, None]
-    # Kernels count zero codes from 128: what they add and take away again is of that size too.
-    centered = 128 * matrix.zero_step.long()[:, None] * x_codes.sum(-1)[:, None]
-    magnitude = scale * (dot.abs() + offset.abs() + centered.abs())
-    return (scale * (dot - offset)).sum(-1).double(), magnitude.sum(-1).double()
+    base = matrix.base_min.long()[:, None] + matrix.base_step.long()[:, None] * matrix.base_codes.long()  # [rows, G]
+    step, scale = matrix.scale_step.long()[:, None], matrix.scale_codes.long()
+    dot = (x_codes[:, None] * (codes - matrix.scheme.center)[None]).sum(-1)  # [T, rows, G]
+    based = base[None] * x_codes.sum(-1)[:, None]
+    # Kernels add the least base and what lies above it apart.
+    apart = matrix.base_min.long()[:, None] * x_codes.sum(-1)[:, None]
+    magnitude = step * (scale * dot.abs() + based.abs() + 2 * apart.abs())
+    return (step * (scale * dot + based)).sum(-1).double(), magnitude.sum(-1).double()

@@ -63,7 +63,7 @@ def test_unpack_returns_what_pack_was_given(scheme: Scheme, rows: int, n_blocks:
 
 
 @settings(max_examples=30, deadline=None)
-@given(schemes, st.integers(1, 20), st.integers(1, 3), st.integers(0, 2**31))
+@given(schemes, st.integers(1, 20), st.integers(1, 6), st.integers(0, 2**31))
 def test_pack_writes_the_bytes_of_the_layout(scheme: Scheme, rows: int, n_blocks: int, seed: int) -> None:
     matrix = random_quantized(rows, 64 * n_blocks, scheme, seed)
 
@@ -89,21 +89,22 @@ def test_each_code_has_its_place(scheme: Scheme, row: int, column: int, code: in
 
     part_bytes = pack(matrix)
 
-    # One panel: three planes of 128 bytes and one plane of metadata come before the codes.
-    codes_plane = part_bytes[512:].tolist()
+    # One panel: three planes of 128 bytes and the stripe's metadata come before the codes.
+    codes_plane = part_bytes[448:].tolist()
     assert {at: byte for at, byte in enumerate(codes_plane) if byte} == {
         at: byte for at, byte in expected.items() if byte
     }
 
 
-def test_planes_and_metadata_have_their_places() -> None:
-    # Two panels of two blocks: planes of 128 bytes at 0, 128, 256, panels of 128 + 256 bytes at 384 and 768.
+def test_planes_and_metadata_of_groups_of_16_have_their_places() -> None:
+    # Two panels of two stripes of 64 + 128 bytes: planes of 128 bytes at 0, 128, 256, panels at 384 and 768.
     matrix = zero_quantized(9, 128, Q2_G16)
-    matrix.scale_step[8], matrix.zero_min[0], matrix.zero_step[1] = 1.0, 2.0, -2.0
+    matrix.scale_step[8], matrix.base_min[0], matrix.base_step[1] = 1.0, 2.0, -2.0
     matrix.scale_codes[3, 2] = 11  # row 3, third group of block 0
     matrix.scale_codes[0, 4] = 12  # first group of block 1
-    matrix.zero_codes[3, 2] = 13
-    matrix.zero_codes[8, 7] = 14  # row 0 of panel 1, last group of block 1
+    matrix.base_codes[3, 2] = 13
+    matrix.base_codes[8, 7] = 14  # row 0 of panel 1, last group of block 1
+    matrix.codes[1, 64] = 3  # row 1, first input of block 1
 
     part_bytes = pack(matrix)
 
@@ -112,11 +113,36 @@ def test_planes_and_metadata_have_their_places() -> None:
         131: 0x40,  # 2.0
         263: 0xC0,  # -2.0
         384 + 4 * 3 + 2: 11,
-        384 + 64: 12,
+        384 + 192: 12,
+        384 + 192 + 64 + 4: 3,
         384 + 32 + 4 * 3 + 2: 13,
-        768 + 64 + 32 + 3: 14,
+        768 + 192 + 32 + 3: 14,
     }  # fmt: skip
     assert part_bytes.numel() == 384 + 2 * 384
+    assert {at: byte for at, byte in enumerate(part_bytes.tolist()) if byte} == expected
+
+
+def test_metadata_and_codes_of_groups_of_64_have_their_places() -> None:
+    # Five blocks are a stripe of 64 + 4 * 256 bytes and one of 64 + 256: 1408 bytes a panel, a multiple of 128.
+    matrix = zero_quantized(8, 320, Q4_G64)
+    matrix.scale_codes[3, 0] = 11
+    matrix.scale_codes[3, 3] = 12
+    matrix.base_codes[2, 3] = 13
+    matrix.base_codes[7, 4] = 14  # of the second stripe
+    matrix.codes[0, 192] = 5  # block 3
+    matrix.codes[1, 256] = 6  # block 4
+
+    part_bytes = pack(matrix)
+
+    expected = {
+        384 + 3: 11,
+        384 + 3 * 16 + 3: 12,
+        384 + 3 * 16 + 8 + 2: 13,
+        384 + 1088 + 8 + 7: 14,
+        384 + 64 + 3 * 256: 5,
+        384 + 1088 + 64 + 4: 6,
+    }
+    assert part_bytes.numel() == 384 + 1408
     assert {at: byte for at, byte in enumerate(part_bytes.tolist()) if byte} == expected
 
 
@@ -172,18 +198,21 @@ def test_bytes_that_are_not_the_part_are_refused() -> None:
 def bytes_by_the_layout(matrix: QuantizedMatrix) -> bytes:
     """Return the part byte by byte, as the docstring of protocol/layout.py says it; slow and without tensors."""
     rows, cols = matrix.codes.shape
-    n_panels, n_blocks = -(-rows // 8), cols // 64
+    n_panels, n_blocks, per_stripe = -(-rows // 8), cols // 64, 1 if matrix.scheme == Q2_G16 else 4
     part = bytearray()
-    for values in (matrix.scale_step, matrix.zero_min, matrix.zero_step):
+    for values in (matrix.scale_step, matrix.base_min, matrix.base_step):
         part += padded(values.numpy().tobytes() + bytes(4 * (8 * n_panels - rows)))
     for panel in range(n_panels):
-        metadata = bytearray()
-        codes = bytearray()
-        for block in range(n_blocks):
-            for plane in (matrix.scale_codes, matrix.zero_codes):
-                metadata += block_of(plane, panel, block, cols)
-            codes += codes_block(matrix, panel, block)
-        part += padded(metadata) + padded(codes)
+        stripes = bytearray()
+        for first in range(0, n_blocks, per_stripe):
+            blocks = range(first, min(first + per_stripe, n_blocks))
+            for block in blocks:
+                for plane in (matrix.scale_codes, matrix.base_codes):
+                    stripes += block_of(plane, panel, block, cols)
+            stripes += bytes(64 // per_stripe * (per_stripe - len(blocks)))
+            for block in blocks:
+                stripes += codes_block(matrix, panel, block)
+        part += padded(stripes)
     return bytes(part)
 
 

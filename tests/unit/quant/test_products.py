@@ -314,6 +314,6 @@ def fuzzed_part(rows: int, n_blocks: int, scheme: Scheme, seed: int) -> tuple[Pa
 
 def rows_of(matrix: QuantizedMatrix, order: Tensor) -> QuantizedMatrix:
     return QuantizedMatrix(
-        matrix.scheme, matrix.codes[order], matrix.scale_codes[order], matrix.zero_codes[order],
-        matrix.scale_step[order], matrix.zero_min[order], matrix.zero_step[order],
+        matrix.scheme, matrix.codes[order], matrix.scale_codes[order], matrix.base_codes[order],
+        matrix.scale_step[order], matrix.base_min[order], matrix.base_step[order],
     )  # fmt: skip

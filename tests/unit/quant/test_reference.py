@@ -12,7 +12,7 @@ from tests.unit.quant.matrices import ALL_SCHEMES, QUANTIZED, encoded, name_of, 
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED, ids=name_of)
-def test_each_weight_is_code_minus_zero_times_scale(scheme: Scheme) -> None:
+def test_each_weight_is_what_the_formula_says(scheme: Scheme) -> None:
     matrix = random_quantized(11, 192, scheme)
 
     weights = dequantize(pack(matrix), 11, 192, scheme)
@@ -64,6 +64,6 @@ def weight_by_formula(matrix: QuantizedMatrix, row: int, column: int) -> float:
     """Return one weight, computed with scalars, each operation rounded to float32."""
     assert matrix.scheme.group_size is not None
     group = column // matrix.scheme.group_size
-    zero = matrix.zero_min[row] + (matrix.zero_step[row] * matrix.zero_codes[row, group].float())
-    scale = matrix.scale_step[row] * matrix.scale_codes[row, group].float()
-    return float((matrix.codes[row, column].float() - zero) * scale)
+    base = matrix.base_min[row] + (matrix.base_step[row] * matrix.base_codes[row, group].float())
+    code = matrix.codes[row, column].float() - matrix.scheme.center
+    return float((matrix.scale_codes[row, group].float() * code + base) * matrix.scale_step[row])
