@@ -1,0 +1,367 @@
+"""Experts computed on a device that holds only some of them: the others are copied into its slots when they are used.
+
+Owns the slots, the copy engine and the order of copies and computations. Knows no gate, no kernel and no store format.
+
+One call, in this order. Under the lock: the chosen experts that are cached are pinned, the others get slots, and their
+copies are asked for, before anything is launched. Then what is there is launched, then the others as their copies are
+submitted; where a call uses more experts than there are slots, slots are given back as soon as they were used. Last the
+contributions, each stored by itself, are summed in the gate's order: where and when an expert was computed changes no
+bit. Use of a slot: pin; wait for FILLED under the lock; the compute queue waits for `ready`; launch; record `last_use`;
+only then unpin, so that whoever refills the slot finds that record.
+
+Who may block whom. The model's thread blocks until the copy engine has submitted, and, if the cache `waits`, until the
+device has computed; never with the lock held. The copy engine never waits for the model.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from protocol.handles import ExpertKey
+from runner.devices.device import Buffer, Device
+from runner.errors import CorruptExpert
+from runner.experts.compute import ExpertCall, ExpertCompute
+from runner.experts.counters import Counters, Tally
+from runner.experts.prefetch import Guard
+from runner.experts.slots import Claim, SlotTable
+from runner.experts.transfer import CHUNK_NBYTES, CopyEngine, new_slots
+from runner.store_view import StoreView
+
+# Steps of up to so many tokens are decoding, which the guard measures.
+_DECODE_TOKENS_MAX = 8
+
+
+class CacheMode(Enum):
+    """What is kept: by the policy; nothing between two calls; or nothing, and all of a layer's experts are copied."""
+
+    CACHED = auto()
+    UNCACHED = auto()
+    NAIVE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSettings:
+    """How many slots each layer has and how many are spare; how copies are made.
+
+    `waits`: a result is there when `forward` returns. Else the compute queue writes it, and whoever reads it is on that
+    queue too, as a model on a GPU is. `is_direct`: the device reads the store's mapping, nothing is staged.
+    """
+
+    quotas: tuple[int, ...]
+    n_spares: int = 4
+    mode: CacheMode = CacheMode.CACHED
+    chunk_nbytes: int = CHUNK_NBYTES
+    is_direct: bool = False
+    waits: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class _Wanted:
+    """A call's experts that are not launched yet, each in one of three places."""
+
+    layer: int
+    missing: deque[int] = field(default_factory=deque)  # without a slot
+    pending: dict[int, int] = field(default_factory=dict)  # expert → slot, being copied in that order
+    ready: dict[int, int] = field(default_factory=dict)  # expert → slot, to be launched now
+    awaited: list[int] = field(default_factory=list)  # the slots that were pending
+
+    @property
+    def is_there(self) -> bool:
+        return not self.pending and not self.missing
+
+
+class CachedExperts:
+    """An ExpertSource over a store and a device, both of which outlive it. Called from the model's one thread.
+
+    Use it in a `with`, or close it. `guard` decides whether prefetches are followed; without one all are. `stepped_by`
+    replaces the copy engine's thread (see CopyEngine); `clock` gives monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        store: StoreView,
+        device: Device,
+        compute: ExpertCompute,
+        settings: CacheSettings,
+        *,
+        guard: Guard | None = None,
+        stepped_by: Callable[[CopyEngine], bool] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._store = store
+        self._device = device
+        self._compute = compute
+        self._settings = settings
+        self._guard = guard
+        self._clock = clock
+        model = store.manifest.model
+        self._n_layers, self._n_experts = model.n_layers, model.n_experts
+        self._sources: list[list[Tensor | None]] = [[None] * model.n_experts for _ in range(model.n_layers)]
+        self._tally = Tally()
+        self._table = SlotTable(
+            settings.quotas, settings.n_spares, self._tally, keeps=settings.mode is CacheMode.CACHED
+        )
+        slot_nbytes = max(record.nbytes for record in store.manifest.experts.values())
+        self._slots = new_slots(device, self._table.n_slots, slot_nbytes)
+        compute.use_slots([slot.buffer.tensor for slot in self._slots])
+        self._done = device.new_event("output written")
+        # Where the cache waits for results: the buffer that it reads them from, and its rows of the last call.
+        self._outputs: list[Buffer] = []
+        self._out: Tensor | None = None
+        self._engine = CopyEngine(
+            device,
+            self._slots,
+            self._table,
+            self._tally,
+            chunk_nbytes=min(settings.chunk_nbytes, slot_nbytes),
+            is_direct=settings.is_direct,
+            stepped_by=stepped_by,
+        )
+        self._lock = self._engine.condition
+        # A call that was left by an exception has pins that no event answers for.
+        self._is_in_call = False
+        self._step_began_s = 0.0
+        self._engine.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the copy engine and wait until the device has run all that it was given."""
+        self._engine.close()
+
+    @property
+    def counters(self) -> Counters:
+        """What happened until now."""
+        with self._lock:
+            return self._tally.snapshot()
+
+    def forward(self, layer: int, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of the chosen experts' outputs, fp32 [T, hidden].
+
+        Raise CorruptExpert, before anything is copied, or what went wrong in copying or in the device.
+        """
+        n_tokens = expert_ids.shape[0]
+        if layer == 0:
+            self._step_began_s = self._clock()
+        groups = _by_last_token(expert_ids)
+        self._begin(layer, groups)
+        call = ExpertCall(layer, hidden_states, expert_ids, weights, self._new_out(n_tokens, hidden_states))
+        wanted = self._request(layer, groups)
+        launched = self._launch_at_once(call, wanted) if wanted.is_there else self._launch_as_copied(call, wanted)
+        with self._lock:
+            self._table.unpin(launched.values())
+            self._table.settle(layer)
+        self._is_in_call = False
+        result = self._finished(call.out, wanted) if self._settings.waits else call.out
+        if layer == self._n_layers - 1 and self._guard is not None and n_tokens <= _DECODE_TOKENS_MAX:
+            self._guard.observe(self._clock() - self._step_began_s, n_tokens)
+        return result
+
+    def prefetch(self, layer: int, expert_ids: Tensor) -> None:
+        """Copy these experts behind all that is waited for, as far as slots are to spare; the likeliest come first."""
+        if self._guard is not None and not self._guard.is_on:
+            return
+        experts = _in_one_row(expert_ids)
+        sources = [self._source_of_guess(layer, expert) for expert in experts]
+        with self._lock:
+            self._engine.check()
+            for expert, source in zip(experts, sources, strict=True):
+                slot = None if source is None else self._table.guess(layer, expert)
+                if source is not None and slot is not None:
+                    self._engine.submit(slot, source, is_demand=False)
+
+    def _begin(self, layer: int, groups: Sequence[Sequence[int]]) -> None:
+        """Make sure that the call can be made: its records are there, and so are the slots."""
+        for group in groups:
+            for expert in group:
+                self._source(layer, expert)
+        if self._is_in_call:
+            self._recover()
+        self._is_in_call = True
+        if self._settings.mode is CacheMode.NAIVE:
+            self._copy_unused(layer, groups)
+
+    def _request(self, layer: int, groups: Sequence[Sequence[int]]) -> _Wanted:
+        """Pin or claim a slot for each expert, as far as there are slots, and ask for all copies."""
+        table, wanted = self._table, _Wanted(layer)
+        with self._lock:
+            self._engine.check()
+            table.begin(layer, groups)
+            for group in groups:
+                for expert in group:
+                    slot = table.pin(layer, expert)
+                    if slot is None:
+                        wanted.missing.append(expert)
+                    else:
+                        (wanted.ready if table.is_ready(slot) else wanted.pending)[expert] = slot
+            self._claim_slots(wanted)
+        return wanted
+
+    def _claim_slots(self, wanted: _Wanted) -> None:
+        """Give slots to missing experts as long as there are any, and ask for their copies; under the lock."""
+        table, engine = self._table, self._engine
+        engine.cancel(table.take_dropped())
+        while wanted.missing:
+            claim = table.claim(wanted.layer, wanted.missing[0])
+            if claim is not None:
+                self._take(wanted, wanted.missing.popleft(), claim)
+            elif dropped := table.take_dropped():
+                engine.cancel(dropped)  # some may be free at once
+            else:
+                return
+
+    def _take(self, wanted: _Wanted, expert: int, claim: Claim) -> None:
+        """Ask for the copy into a slot that was claimed, unless it was prefetched; under the lock."""
+        is_ready = self._table.is_ready(claim.slot)
+        if claim.is_new:
+            self._engine.submit(claim.slot, self._source(wanted.layer, expert), is_demand=True)
+        elif not is_ready:
+            self._engine.promote(claim.slot)
+        (wanted.ready if is_ready else wanted.pending)[expert] = claim.slot
+
+    def _launch_at_once(self, call: ExpertCall, wanted: _Wanted) -> dict[int, int]:
+        """Launch everything; return the slots that are still pinned."""
+        slots = wanted.ready
+        self._launch(slots, partial(self._compute.forward, call, slots), writes=self._outputs)
+        return slots
+
+    def _launch_as_copied(self, call: ExpertCall, wanted: _Wanted) -> dict[int, int]:
+        """Launch the experts that are there, then the others as they come, then the sum; return what is pinned."""
+        contributions = call.hidden_states.new_empty(*call.expert_ids.shape, call.hidden_states.shape[1])
+        launched: dict[int, int] = {}
+        while wanted.ready or not wanted.is_there:
+            if self._may_launch(wanted):
+                launched, wanted.ready = wanted.ready, {}
+                self._launch(launched, partial(self._compute.contribute, call, launched, contributions))
+            if not wanted.is_there:
+                self._await_more(wanted, launched)
+                launched = {}
+        self._device.launch(partial(self._compute.sum_in_order, call, contributions), writes=self._outputs)
+        return launched
+
+    def _launch(self, slots: dict[int, int], work: Callable[[], None], writes: Sequence[Buffer] = ()) -> None:
+        """Launch work that reads those slots, behind the copies into them."""
+        device, compute = self._device, self._device.compute
+        read = [self._slots[slot] for slot in slots.values()]
+        for slot in read:
+            if not slot.is_awaited:
+                compute.wait(slot.ready)
+                slot.is_awaited = True  # what the queue is given later is behind it, too
+        device.launch(work, reads=[slot.buffer for slot in read], writes=writes)
+        for slot in read:
+            compute.record(slot.last_use)
+            slot.was_used = True
+
+    def _may_launch(self, wanted: _Wanted) -> bool:
+        """Return whether to launch what is ready; the naive way is to copy first, as much as there are slots for."""
+        return bool(wanted.ready) and (self._settings.mode is not CacheMode.NAIVE or not wanted.pending)
+
+    def _await_more(self, wanted: _Wanted, launched: dict[int, int]) -> None:
+        """Unpin what was launched; block until there is something to launch."""
+        began_s = self._clock()
+        with self._lock:
+            self._table.unpin(launched.values())
+            self._claim_slots(wanted)
+            self._collect(wanted)
+            while not self._may_launch(wanted):
+                self._engine.wait()
+                self._claim_slots(wanted)
+                self._collect(wanted)
+            self._tally.waited_s += self._clock() - began_s
+
+    def _collect(self, wanted: _Wanted) -> None:
+        """Move what was submitted from `pending` to `ready`; under the lock."""
+        for expert in [expert for expert, slot in wanted.pending.items() if self._table.is_ready(slot)]:
+            slot = wanted.ready[expert] = wanted.pending.pop(expert)
+            wanted.awaited.append(slot)
+
+    def _copy_unused(self, layer: int, groups: Sequence[Sequence[int]]) -> None:
+        """Copy all of the layer's experts but those; nobody computes with them."""
+        used = {expert for group in groups for expert in group}
+        unused = [expert for expert in range(self._n_experts) if expert not in used]
+        for expert in unused:
+            self._source(layer, expert)
+        wanted = self._request(layer, [unused])
+        while not wanted.is_there:
+            self._await_more(wanted, {})
+            with self._lock:
+                self._table.unpin(wanted.ready.values())
+            wanted.ready = {}
+
+    def _recover(self) -> None:
+        """Give back what a call had pinned that ended with an exception."""
+        self._device.drain()  # whatever was launched has been computed, recorded or not
+        with self._lock:
+            self._engine.check()
+            self._table.unpin_all()
+            self._engine.cancel(self._table.take_dropped())
+
+    def _finished(self, out: Tensor, wanted: _Wanted) -> Tensor:
+        """Block until the device has computed `out`; return the host's own copy of it."""
+        began_s = self._clock()
+        for slot in wanted.awaited:
+            self._device.synchronize(self._slots[slot].ready)
+        waited_s = self._clock() - began_s if wanted.awaited else 0.0
+        self._device.compute.record(self._done)
+        self._device.synchronize(self._done)
+        with self._lock:
+            self._tally.waited_s += waited_s
+        with self._device.host_read(self._outputs[0]):
+            return out.clone()
+
+    def _new_out(self, n_tokens: int, hidden_states: Tensor) -> Tensor:
+        """Return memory for the output: of the host's buffer where the cache waits for it, else new, on the device."""
+        if not self._settings.waits:
+            return hidden_states.new_empty(n_tokens, hidden_states.shape[1])
+        if self._out is None or self._out.shape[0] != n_tokens:
+            if not self._outputs or self._outputs[0].tensor.shape[0] < n_tokens:
+                self._outputs = [self._device.new_host_buffer("output", torch.empty(n_tokens, hidden_states.shape[1]))]
+            self._out = self._outputs[0].tensor[:n_tokens]
+        return self._out
+
+    def _source(self, layer: int, expert: int) -> Tensor:
+        """Return the expert's record in the shared mapping, uint8; raise CorruptExpert."""
+        source = self._sources[layer][expert]
+        if source is None:
+            record = self._store.expert_record(ExpertKey(layer, expert))
+            source = self._sources[layer][expert] = torch.frombuffer(record, dtype=torch.uint8)
+        return source
+
+    def _source_of_guess(self, layer: int, expert: int) -> Tensor | None:
+        try:
+            return self._source(layer, expert)
+        except CorruptExpert:
+            return None  # it is an error when it is chosen, not when someone guesses it
+
+
+def _in_one_row(expert_ids: Tensor) -> list[int]:
+    # Through torch it would cost more than all the rest of a prefetch that has nothing to do.
+    rows: list[int] | list[list[int]] = expert_ids.tolist()
+    return [expert for row in rows for expert in (row if isinstance(row, list) else (row,))]
+
+
+def _by_last_token(expert_ids: Tensor) -> list[list[int]]:
+    """Return the experts that were chosen, grouped by the last token that chose them, those of the first one first."""
+    rows: list[list[int]] = expert_ids.tolist()
+    if len(rows) == 1:
+        return [sorted(rows[0])]
+    groups: list[list[int]] = []
+    seen: set[int] = set()
+    for row in reversed(rows):
+        group = sorted(set(row) - seen)
+        if group:
+            groups.append(group)
+            seen.update(group)
+    return groups[::-1]
