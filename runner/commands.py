@@ -4,22 +4,19 @@ stdout carries the text (or, with --json, one object), stderr all else. Nothing 
 line has been found right.
 """
 
-import json
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from protocol.version import LIBRARY_VERSION
 from quant.errors import QuantError
-from runner.config import DEVICES, RunnerConfig, load_config, with_options
-from runner.devices import choose_device
-from runner.errors import ConfigInvalid, PromptInvalid, RunnerError
+from runner.config import RunnerConfig
+from runner.engine_command import engine_options, opened, print_json, read_settings
+from runner.errors import PromptInvalid, RunnerError
+from runner.texts import check_text, read_stdin, read_text
+from runner.trace_commands import replay, trace
 
 if TYPE_CHECKING:
     from runner.engine import Engine
@@ -29,11 +26,7 @@ if TYPE_CHECKING:
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 
-# Beyond what any context holds; a prompt is read whole.
-_TEXT_NBYTES_MAX = 1 << 28
 _COUNT = click.IntRange(0, 1 << 20)
-
-_Command = TypeVar("_Command", bound=Callable[..., None])
 
 
 def execute(arguments: list[str]) -> tuple[int, str | None]:
@@ -57,22 +50,12 @@ def cli() -> None:
     """Execute a model whose experts expertd holds in shared memory."""
 
 
-def _engine_options(command: _Command) -> _Command:
-    """Add the options that every command has that computes; an option not given is the file's or the default."""
-    options = (
-        click.option("--store", "store_dir", type=click.Path(path_type=Path), required=True, help="The store."),
-        click.option("--device", type=click.Choice(DEVICES), help="Where to compute."),
-        click.option("--threads", type=int, help="How many threads compute; one per physical core if not set."),
-        click.option("--exact", is_flag=True, default=None, help="Compute with 32-bit floats throughout; slower."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+cli.add_command(trace)
+cli.add_command(replay)
 
 
 @cli.command()
-@_engine_options
+@engine_options
 @click.option("--prompt", "text", help="The prompt; read from stdin if not given.")
 @click.option("--system", help="A system message before the prompt.")
 @click.option("--raw", "is_raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
@@ -91,24 +74,24 @@ def generate(
     **flags: object,
 ) -> None:
     """Answer a prompt; the text comes as it is generated."""
-    settings = _settings(flags)
+    settings = read_settings(flags)
     if is_raw and system is not None:
         raise click.UsageError("--system has no place without the chat template; leave out --raw or --system")
     for name, typed in (("--prompt", text), ("--system", system)):
-        _check_text(typed or "", name)
+        check_text(typed or "", name)
     if text is None:
-        text = _read_stdin()
+        text = read_stdin()
     if not text:
         raise PromptInvalid("the prompt is empty")
 
-    with _opened(store_dir, settings) as (engine, startup):
+    with opened(store_dir, settings) as (engine, startup):
         from runner.generate import Prompt
 
         _answer(engine, Prompt(text, system, is_raw), settings, startup, as_json=as_json)
 
 
 @cli.command()
-@_engine_options
+@engine_options
 @click.option("--text", "text_file", type=click.Path(path_type=Path), required=True, help="A text file in UTF-8.")
 @click.option("--tokens", type=click.IntRange(min=2), help="Take this many tokens of the text; all if not given.")
 @click.option("--window", type=click.IntRange(2, 1 << 20), default=512, show_default=True, help="Tokens per window.")
@@ -121,12 +104,12 @@ def perplexity(
     **flags: object,
 ) -> None:
     """Measure how well the model predicts a text, in windows that are scored each by itself."""
-    settings = _settings(flags | {"context": window})
-    text = _read_text(text_file)
+    settings = read_settings(flags | {"context": window})
+    text = read_text(text_file)
 
     from time import monotonic
 
-    with _opened(store_dir, settings) as (engine, _):
+    with opened(store_dir, settings) as (engine, _):
         from runner.perplexity import perplexity as perplexity_of
         from runner.perplexity import score_windows
 
@@ -139,13 +122,13 @@ def perplexity(
     if as_json:
         from runner.report import perplexity_figures
 
-        _print_json(perplexity_figures(value, n_tokens_scored=n_scored, window=window, tokens_per_s=tokens_per_s))
+        print_json(perplexity_figures(value, n_tokens_scored=n_scored, window=window, tokens_per_s=tokens_per_s))
     else:
         click.echo(f"perplexity {value:.4f} · {n_scored} tokens scored · {tokens_per_s:.1f} tok/s")
 
 
 @cli.command()
-@_engine_options
+@engine_options
 @click.option("--prompt-tokens", type=_COUNT, default=128, show_default=True, help="Prefill so many; 0: no prefill.")
 @click.option("--context-tokens", type=_COUNT, default=512, show_default=True, help="Decode behind so many.")
 @click.option("--decode-tokens", type=_COUNT, default=32, show_default=True, help="Decode so many; 0: no decode.")
@@ -165,62 +148,19 @@ def bench(
     """Measure prefill and decode in tokens per second, on random tokens; the store needs no tokenizer."""
     if not prompt_tokens and not decode_tokens:
         raise click.UsageError("--prompt-tokens and --decode-tokens are both 0: there is nothing to measure")
-    settings = _settings(flags)
+    settings = read_settings(flags)
 
-    with _opened(store_dir, settings) as (engine, _):
+    with opened(store_dir, settings) as (engine, _):
         from runner.bench import BenchPlan
         from runner.bench import bench as bench_of
         from runner.report import bench_figures, bench_lines
 
         measured = bench_of(engine, BenchPlan(prompt_tokens, context_tokens, decode_tokens, runs, bench_seed))
     if as_json:
-        _print_json(bench_figures(measured))
+        print_json(bench_figures(measured))
     else:
         for line in bench_lines(measured):
             click.echo(line)
-
-
-@contextmanager
-def _opened(store_dir: Path, settings: RunnerConfig) -> Iterator[tuple["Engine", "Startup"]]:
-    """Import what computes and open the store; yield the engine and what that took."""
-    choose_device(settings.device)
-
-    from time import monotonic
-
-    with _interruption_held():
-        from runner.engine import open_configured
-        from runner.generate import Startup
-    from runner.metrics import process_age_s
-
-    imports_s = process_age_s()
-    started = monotonic()
-    with open_configured(store_dir, settings) as engine:
-        attach_s = monotonic() - started - engine.dense_weights_s
-        yield engine, Startup(imports_s=imports_s, attach_s=attach_s, dense_weights_s=engine.dense_weights_s)
-
-
-@contextmanager
-def _interruption_held() -> Iterator[None]:
-    """Raise KeyboardInterrupt behind the block if SIGINT came within: what torch runs at its import loses it.
-
-    A second one ends the process at once; nothing is attached yet.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signals: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if signals:
-        raise KeyboardInterrupt
 
 
 def _answer(engine: "Engine", prompt: "Prompt", settings: RunnerConfig, startup: "Startup", *, as_json: bool) -> None:
@@ -249,7 +189,7 @@ def _print_report(generation: "Generation", text: str, *, as_json: bool) -> None
 
     report = generation.report()
     if as_json:
-        _print_json({"text": text, "tokens": generation.token_ids} | report_figures(report))
+        print_json({"text": text, "tokens": generation.token_ids} | report_figures(report))
         return
     click.echo()
     for line in report_lines(report):
@@ -267,51 +207,3 @@ def _shown_progress(scores: Iterator["Score"], n_tokens: int) -> Iterator["Score
         for score in scores:
             progress.advance(task, score.n_tokens + 1)
             yield score
-
-
-def _settings(flags: dict[str, object]) -> RunnerConfig:
-    """Return the options of the file with those of the command line before them."""
-    config = load_config()
-    try:
-        return with_options(config, {name: value for name, value in flags.items() if value is not None})
-    except ConfigInvalid as error:
-        raise click.UsageError("--" + str(error).replace("_", "-")) from None
-
-
-def _read_stdin() -> str:
-    if sys.stdin.isatty():
-        click.echo("the prompt, ended by Ctrl-D:", err=True)
-    try:
-        data = sys.stdin.buffer.read(_TEXT_NBYTES_MAX + 1)
-    except OSError as error:
-        raise PromptInvalid(f"the prompt: stdin: {error.strerror}") from None
-    return _decoded(data, "the prompt").removesuffix("\n")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return _decoded(file.read(_TEXT_NBYTES_MAX + 1), str(path))
-    except OSError as error:
-        raise PromptInvalid(f"{path}: {error.strerror}") from None
-
-
-def _check_text(text: str, name: str) -> None:
-    """Raise PromptInvalid for what was typed in bytes that are no UTF-8: Python hands them over as half characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptInvalid(f"{name}: not UTF-8 (byte {len(text[: error.start].encode())})") from None
-
-
-def _decoded(data: bytes, name: str) -> str:
-    if len(data) > _TEXT_NBYTES_MAX:
-        raise PromptInvalid(f"{name}: more than {_TEXT_NBYTES_MAX} bytes")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise PromptInvalid(f"{name}: not UTF-8 (byte {error.start})") from None
-
-
-def _print_json(document: dict[str, object]) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))

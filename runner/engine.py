@@ -3,10 +3,10 @@
 One engine is used from one thread. Whatever is attached is detached by close(), which the `with` statement calls.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 from pathlib import Path
 from time import monotonic
@@ -23,7 +23,7 @@ from runner.devices.cpu import set_threads
 from runner.errors import PromptInvalid, PromptTooLong, RunnerError, StoreInvalid
 from runner.experts.in_place import InPlaceExperts
 from runner.kv_cache import KVCache
-from runner.models.mixtral import Mixtral, Piece
+from runner.models.mixtral import LayerObserver, Mixtral, Piece
 from runner.models.mixtral_config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -191,6 +191,21 @@ class Engine:
         with self._workspace.awake():
             yield
 
+    @property
+    def gates(self) -> list[Callable[[Tensor], Tensor]]:
+        """Each layer's gate with its norm: states, fp32 [T, H] → logits, fp32 [T, n_experts]."""
+        return [partial(self._opened_model().gate_logits, layer) for layer in range(self.config.n_layers)]
+
+    @contextmanager
+    def observed_by(self, observer: LayerObserver) -> Iterator[None]:
+        """Let the observer see every layer of every step inside the `with`."""
+        model = self._opened_model()
+        model.observer = observer
+        try:
+            yield
+        finally:
+            model.observer = None
+
     def _continue(
         self, sequence: Sequence, max_new_tokens: int, sampling: Sampling, generator: torch.Generator
     ) -> Iterator[int]:
@@ -249,15 +264,19 @@ class Engine:
 
     def _forward(self, pieces: list[Piece], n_wanted: list[int]) -> tuple[Tensor, ...]:
         """Compute the pieces; return the logits behind the last n_wanted tokens of each."""
-        if self._model is None:
-            raise RunnerError("the engine is closed")
+        model = self._opened_model()
         wanted: list[int] = []
         end = 0
         for piece, n in zip(pieces, n_wanted, strict=True):
             end += len(piece.token_ids)
             wanted += range(end - n, end)
         with torch.no_grad():
-            return torch.split_with_sizes(self._model.forward(pieces, wanted), n_wanted)
+            return torch.split_with_sizes(model.forward(pieces, wanted), n_wanted)
+
+    def _opened_model(self) -> Mixtral:
+        if self._model is None:
+            raise RunnerError("the engine is closed")
+        return self._model
 
 
 def _read_config(store: StoreView) -> MixtralConfig:

@@ -16,6 +16,7 @@ The architecture: Jiang et al., Mixtral of Experts, 2024; its conventions (rotar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +38,14 @@ class Piece:
     token_ids: Sequence[int]
 
 
+class LayerObserver(Protocol):
+    """Somebody who looks on; changes nothing."""
+
+    def after_layer(self, layer: int, step: Step) -> None:
+        """Note what that layer made of the step; `step.added` is what its experts gave."""
+        ...
+
+
 class Mixtral:
     """One model over its weights. Holds no state between steps: that is the sequences'.
 
@@ -51,6 +60,13 @@ class Mixtral:
         self._experts = experts
         self._workspace = workspace
         self._angles = _RotaryAngles(config.head_dim, config.rope_theta)
+        self.observer: LayerObserver | None = None
+
+    def gate_logits(self, layer: int, hidden_states: Tensor) -> Tensor:
+        """Return what a layer's norm and gate give states that are not its own yet, fp32 [T, H] → [T, n_experts]."""
+        weights = self._weights.attention_segments[layer].weights
+        norm, eps = weights.post_attention_norm, self.config.rms_norm_eps
+        return weights.gate(rms_norm(hidden_states, norm, eps, workspace=self._workspace))
 
     def forward(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> Tensor:
         """Compute the pieces' tokens and return the logits of the rows that are wanted, fp32 [n_wanted, V].
@@ -68,6 +84,8 @@ class Mixtral:
         for layer, attention_segment in enumerate(segments):
             attention_segment(step)
             step.added = self._experts.forward(layer, step.normed, step.expert_ids, step.expert_weights)
+            if self.observer is not None:
+                self.observer.after_layer(layer, step)
         logits = self._head(hidden_states, step.added, list(wanted))
         for piece in pieces:
             piece.kv_cache.advance(len(piece.token_ids))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runner.devices.device import Device
+from runner.devices.device import Buffer, Device
 from runner.devices.link import LinkDevice
 from runner.devices.link_speed import LinkSpeed
 from runner.devices.link_stepped import RandomScheduler
@@ -93,7 +93,7 @@ def test_staging_takes_as_many_chunks_as_are_allocated() -> None:
     allocated: list[str] = []
 
     class Counting(WatchedDevice):
-        def new_chunk(self, name: str, nbytes: int) -> object:  # type: ignore[override]
+        def new_chunk(self, name: str, nbytes: int) -> Buffer:
             allocated.append(name)
             return self._device.new_chunk(name, nbytes)
 
