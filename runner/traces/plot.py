@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _DEPTHS = (1, 2, 10)
 _SIZE_INCHES = (10.0, 4.0)
 _DOTS_PER_INCH = 150
-_CHANCE = {"color": "grey", "linestyle": ":", "label": "chance"}
 
 
 def check_plot() -> None:
@@ -58,7 +57,7 @@ def draw(locality: Locality, recalls: Sequence[Recall]) -> "Figure":
 def _draw_hit_ratios(axes: "Axes", locality: Locality) -> None:
     for curve in locality.curves:
         axes.plot(locality.cache_experts, curve.ratios, marker="o", label=curve.policy)
-    axes.plot(locality.cache_experts, locality.uniform, **_CHANCE)
+    axes.plot(locality.cache_experts, locality.uniform, color="grey", linestyle=":", label="chance")
     axes.set_xlabel("experts cached per layer")
     axes.set_ylabel("hit ratio")
     axes.set_xticks(locality.cache_experts)
@@ -70,7 +69,9 @@ def _draw_recall(axes: "Axes", locality: Locality, recalls: Iterable[Recall]) ->
         if recall.state == AFTER_LAYER and recall.depth in _DEPTHS:
             counts = range(1, len(recall.ratios) + 1)
             axes.plot(counts, recall.ratios, marker="o", label=f"{recall.depth} ahead")
-    axes.plot(counts, [recall_by_chance(locality.shape, n) for n in counts], **_CHANCE)
+    axes.plot(
+        counts, [recall_by_chance(locality.shape, n) for n in counts], color="grey", linestyle=":", label="chance"
+    )
     axes.set_xlabel("experts guessed per layer")
     axes.set_ylabel("recall of the experts chosen")
     axes.set_xticks(counts)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from runner.traces.errors import PlotUnavailable
@@ -33,7 +34,7 @@ def test_the_curves_are_the_hit_ratios_and_the_recall_one_two_and_ten_ahead() ->
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
 
     hit_ratios, recall = (
-        {str(line.get_label()): list(line.get_ydata()) for line in axes.get_lines()}
+        {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
         for axes in draw(LOCALITY, RECALLS).axes
     )
 
