@@ -13,6 +13,7 @@ import torch
 
 from quant.library import has_c_library
 from runner.engine import Engine
+from runner.experts.counters import Counters, counted_since
 from runner.metrics import Memory, read_memory
 
 
@@ -50,11 +51,13 @@ class Bench:
     is_exact: bool
     has_c_kernels: bool
     memory: Memory
+    expert_cache: Counters | None  # of all of it, the warming up too; None where experts are computed in place
 
 
 def bench(engine: Engine, plan: BenchPlan) -> Bench:
     """Return the speeds of that plan; raise RunnerError."""
     generator = torch.Generator().manual_seed(plan.seed)
+    counted_before = engine.counters
     with engine.awake():
         prefill = _prefill(engine, plan, generator) if plan.prompt_tokens else None
         decode = _decode(engine, plan, generator) if plan.decode_tokens else None
@@ -66,6 +69,7 @@ def bench(engine: Engine, plan: BenchPlan) -> Bench:
         is_exact=engine.settings.exact,
         has_c_kernels=has_c_library(),
         memory=read_memory(),
+        expert_cache=counted_since(counted_before, engine.counters),
     )
 
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from protocol.runtime_dir import RuntimeDir, runtime_dir
-from runner.errors import ConfigInvalid
+from runner.devices import check_device
+from runner.errors import ConfigInvalid, DeviceUnavailable
+from runner.quantities import parse_nbytes
 
-DEVICES = ("auto", "cpu", "cuda")
+GUESSED_MAX = 16
+DEPTH_MAX = 10
 
 _CONFIG_NBYTES_MAX = 1 << 20
 
@@ -34,10 +37,14 @@ class RunnerConfig:
     seed: int | None = None
     autostart: bool = True
     prefill_chunk: int = 512
+    cache_experts: int | None = None
+    device_memory: int | None = None  # bytes
+    prefetch_depth: int = 1
+    prefetch_experts: int = 2
 
     def __post_init__(self) -> None:
         """Raise ConfigInvalid for a value outside its range."""
-        _check_choice("device", self.device, DEVICES)
+        _check_device(self.device)
         _check_whole("threads", self.threads, 1, 1024, optional=True)
         _check_whole("context", self.context, 1, 1 << 24)
         _check_bool("exact", self.exact)
@@ -48,6 +55,14 @@ class RunnerConfig:
         _check_whole("seed", self.seed, 0, (1 << 63) - 1, optional=True)
         _check_bool("autostart", self.autostart)
         _check_whole("prefill_chunk", self.prefill_chunk, 1, 1 << 15)
+        _check_whole("cache_experts", self.cache_experts, 1, 4096, optional=True)
+        _check_whole("device_memory", self.device_memory, 1, 1 << 50, optional=True)
+        _check_whole("prefetch_depth", self.prefetch_depth, 0, DEPTH_MAX)
+        _check_whole("prefetch_experts", self.prefetch_experts, 1, GUESSED_MAX)
+        if self.cache_experts is not None and self.device_memory is not None:
+            raise ConfigInvalid(
+                "cache_experts: not together with device_memory: either says how many experts the device holds"
+            )
 
 
 def load_config(environment: Mapping[str, str] | None = None) -> RunnerConfig:
@@ -90,12 +105,32 @@ def with_options(config: RunnerConfig, options: Mapping[str, object]) -> RunnerC
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise ConfigInvalid(f"unknown option {name!r}; the nearest known one is {nearest!r}")
-    return replace(config, **options)  # type: ignore[arg-type]  # each value is checked by the class itself
+    return replace(config, **_in_bytes(_of_one_kind(options)))  # type: ignore[arg-type]  # each value is checked by the class itself
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigInvalid(f"{name}: one of {', '.join(choices)} is expected, {value!r} came")
+def _of_one_kind(options: Mapping[str, object]) -> Mapping[str, object]:
+    """Return options where one of the two ways to size a cache takes the place of the other one set before."""
+    for name, other in (("cache_experts", "device_memory"), ("device_memory", "cache_experts")):
+        if name in options and other not in options:
+            return {**options, other: None}
+    return options
+
+
+def _in_bytes(options: Mapping[str, object]) -> Mapping[str, object]:
+    """Return options whose sizes are numbers; raise ConfigInvalid."""
+    device_memory = options.get("device_memory")
+    if isinstance(device_memory, str):
+        return {**options, "device_memory": parse_nbytes("device_memory", device_memory)}
+    return options
+
+
+def _check_device(device: object) -> None:
+    if not isinstance(device, str):
+        raise ConfigInvalid(f"device: a name is expected, {device!r} came")
+    try:
+        check_device(device)
+    except DeviceUnavailable as error:
+        raise ConfigInvalid(f"device: {error}") from None
 
 
 def _check_bool(name: str, value: object) -> None:

@@ -21,7 +21,7 @@ from runner.config import RunnerConfig
 from runner.devices import choose_device
 from runner.devices.cpu import set_threads
 from runner.errors import PromptInvalid, PromptTooLong, RunnerError, StoreInvalid
-from runner.experts.in_place import InPlaceExperts
+from runner.experts.counters import Counters
 from runner.kv_cache import KVCache
 from runner.models.mixtral import LayerObserver, Mixtral, Piece
 from runner.models.mixtral_config import (
@@ -31,12 +31,12 @@ from runner.models.mixtral_config import (
     check_experts,
     read_mixtral_config,
 )
+from runner.models.opening import CachePlan, Computation, open_model
 from runner.rounds import plan_rounds
 from runner.sampling import Sampling, sample
 from runner.sequence import Sequence
 from runner.store_view import StoreView
 from runner.tokenizer import Tokenizer
-from runner.weights import load_dense_weights
 
 
 def open_engine(
@@ -48,16 +48,24 @@ def open_engine(
     context: int = 4096,
     prefill_chunk: int = 512,
     autostart: bool = True,
+    cache_experts: int | None = None,
+    device_memory: int | None = None,
+    prefetch_depth: int = 1,
+    prefetch_experts: int = 2,
 ) -> "Engine":
     """Attach to a store through expertd and return the engine that computes with it; raise RunnerError.
 
     store           the directory that `expertd quantize` wrote
-    device          "auto" or "cpu"; "cuda" comes with a later version
+    device          "auto", "cpu", or "link:12GB/s": a stand-in accelerator behind a link of that speed; "cuda" comes
+                    with a later version
     threads         None: one for each physical core this process may use. torch's thread count is the process's.
     exact           activations and kv_cache in fp32: the float reference's results, two to four times slower
     context         the most tokens a sequence may have
     prefill_chunk   how many tokens are computed at once
     autostart       start expertd if none runs; it stays, with the store in memory
+    cache_experts   on an accelerator: how many experts of each layer it keeps
+    device_memory   instead of that: how many bytes may be used there
+    prefetch_depth, prefetch_experts    how many layers ahead, and how many experts of each, are foreseen
 
         with runner.open_engine("mixtral-4bit") as engine:
             prompt = engine.tokenizer.encode("Once upon a time")
@@ -70,6 +78,10 @@ def open_engine(
         context=context,
         prefill_chunk=prefill_chunk,
         autostart=autostart,
+        cache_experts=cache_experts,
+        device_memory=device_memory,
+        prefetch_depth=prefetch_depth,
+        prefetch_experts=prefetch_experts,
     )
     return open_configured(Path(store), settings)
 
@@ -90,23 +102,34 @@ def open_configured(store_dir: Path, settings: RunnerConfig) -> "Engine":
 class Engine:
     """A model over an attached store. `attachment` is closed with the engine."""
 
-    def __init__(self, store: StoreView, settings: RunnerConfig, attachment: ExitStack | None = None) -> None:
-        choose_device(settings.device)
+    def __init__(
+        self,
+        store: StoreView,
+        settings: RunnerConfig,
+        attachment: ExitStack | None = None,
+        cache_plan: CachePlan | None = None,
+    ) -> None:
+        device = choose_device(settings.device)
         self.settings = settings
         self.n_threads = set_threads(settings.threads)
         self._store: StoreView | None = store
         started = monotonic()
         self.config = _read_config(store)
         check_experts(store.manifest, self.config)
-        self._workspace = workspace = Workspace(self.n_threads)
-        weights = load_dense_weights(store, workspace, self.config, exact=settings.exact)
-        experts = InPlaceExperts(store, workspace, exact=settings.exact)
-        self._model: Mixtral | None = Mixtral(self.config, weights, experts, workspace)
+        with ExitStack() as opening:
+            self._workspace = opening.enter_context(Workspace(self.n_threads))
+            computation = Computation(store, self.config, settings, device, self._workspace)
+            opened = open_model(computation, opening, cache_plan)
+            computing = opening.pop_all()
+        self._model: Mixtral | None = opened.model
+        self._cache = opened.cache
+        self.planned_nbytes = opened.planned_nbytes
         self.dense_weights_s = monotonic() - started
         self._owned = ExitStack()
         if attachment is not None:
             self._owned.enter_context(attachment)
-        self._owned.enter_context(workspace)
+        # Closed before the attachment: what computes may still read the store.
+        self._owned.enter_context(computing)
 
     def __enter__(self) -> Self:
         return self
@@ -119,6 +142,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the model and detach from the store; a closed engine computes no more."""
         self._model = None
+        self._cache = None
         self._store = None
         self._owned.close()
 
@@ -190,6 +214,11 @@ class Engine:
         """Keep the threads awake between steps that follow each other closely; a generation does so by itself."""
         with self._workspace.awake():
             yield
+
+    @property
+    def counters(self) -> Counters | None:
+        """What the expert cache counted until now; None where experts are computed in place."""
+        return None if self._cache is None else self._cache.counters
 
     @property
     def gates(self) -> list[Callable[[Tensor], Tensor]]:

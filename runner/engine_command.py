@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from runner.config import DEVICES, RunnerConfig, load_config, with_options
+from runner.config import RunnerConfig, load_config, with_options
 from runner.devices import choose_device
 from runner.errors import ConfigInvalid
 
@@ -28,9 +28,13 @@ def engine_options(command: _Command) -> _Command:
     """Add the options that every command has that computes; an option not given is the file's or the default."""
     options = (
         click.option("--store", "store_dir", type=click.Path(path_type=Path), required=True, help="The store."),
-        click.option("--device", type=click.Choice(DEVICES), help="Where to compute."),
+        click.option("--device", metavar="DEVICE", help="Where to compute: auto, cpu, cuda, cuda:N, link:SPEED."),
         click.option("--threads", type=int, help="How many threads compute; one per physical core if not set."),
         click.option("--exact", is_flag=True, default=None, help="Compute with 32-bit floats throughout; slower."),
+        click.option("--cache-experts", type=int, help="Experts of each layer that the device keeps."),
+        click.option("--device-memory", metavar="SIZE", help="Memory to use on the device, as in 11GiB, instead."),
+        click.option("--prefetch-depth", type=int, help="Foresee experts so many layers ahead; 0: not at all."),
+        click.option("--prefetch-experts", type=int, help="How many experts of a layer are foreseen."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
     )
     for option in reversed(options):

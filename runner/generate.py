@@ -12,6 +12,7 @@ from quant.library import has_c_library
 from runner.config import RunnerConfig
 from runner.engine import Engine
 from runner.errors import ContextFull
+from runner.experts.counters import Counters, counted_since
 from runner.metrics import Memory, process_age_s, read_memory
 
 STOPPED = "stopped"
@@ -56,6 +57,7 @@ class Report:
     decode_tokens_per_s: float | None
     has_c_kernels: bool
     memory: Memory
+    expert_cache: Counters | None  # of this generation; None where experts are computed in place
 
 
 class Generation:
@@ -80,6 +82,7 @@ class Generation:
         self._first_token_age_s: float | None = None
         self._prefill_s: float | None = None
         self._decode_s = 0.0
+        self._counted_before = engine.counters
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text as it becomes whole; what is left at the end, however it ends, comes from flush()."""
@@ -119,6 +122,7 @@ class Generation:
             decode_tokens_per_s=n_decoded / self._decode_s if n_decoded > 0 and self._decode_s else None,
             has_c_kernels=has_c_library(),
             memory=read_memory(),
+            expert_cache=counted_since(self._counted_before, self._engine.counters),
         )
 
     def _timed(self, tokens: Iterator[int]) -> Iterator[int]:

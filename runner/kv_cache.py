@@ -11,6 +11,11 @@ from quant.layer import KEY_BLOCK
 from runner.errors import ContextFull, OutOfMemory
 
 
+def kv_cache_nbytes(n_layers: int, n_kv_heads: int, context: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Return how many bytes the keys and values of that many tokens take, in whole blocks."""
+    return 2 * n_layers * n_kv_heads * -(-context // KEY_BLOCK) * KEY_BLOCK * head_dim * dtype.itemsize
+
+
 class KVCache:
     """Keys and values of one sequence of at most `context` tokens, `length` tokens of them computed.
 
@@ -22,7 +27,7 @@ class KVCache:
 
     def __init__(self, *, n_layers: int, n_kv_heads: int, context: int, head_dim: int, dtype: torch.dtype) -> None:
         n_blocks = -(-context // KEY_BLOCK)
-        nbytes = 2 * n_layers * n_kv_heads * n_blocks * KEY_BLOCK * head_dim * dtype.itemsize
+        nbytes = kv_cache_nbytes(n_layers, n_kv_heads, context, head_dim, dtype)
         # More than the machine has can be reserved, but never be filled.
         installed_nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if nbytes > installed_nbytes:

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict
 
 from runner.bench import Bench, Speed
+from runner.experts.counters import Counters
 from runner.generate import Report
 
 _MB = 1e6
@@ -17,6 +18,8 @@ def report_lines(report: Report) -> list[str]:
         f"answer {report.n_tokens} tokens, {_rate(report.decode_tokens_per_s)} · ended by {report.finish_reason}",
         f"memory: private {memory.private_nbytes / _MB:.0f} MB, shared {memory.shared_nbytes / _MB:.0f} MB",
     ]
+    if report.expert_cache is not None:
+        lines += cache_lines(report.expert_cache)
     if report.time_to_first_token_s is not None and report.prefill_s is not None:
         lines.append(
             f"first token {report.time_to_first_token_s:.2f} s after the start: imports {report.imports_s:.2f}, "
@@ -36,8 +39,8 @@ def report_lines(report: Report) -> list[str]:
 def report_figures(report: Report) -> dict[str, object]:
     """Return the report as one flat JSON object."""
     figures: dict[str, object] = asdict(report)
-    del figures["memory"]
-    return figures | asdict(report.memory)
+    del figures["memory"], figures["expert_cache"]
+    return figures | asdict(report.memory) | _cache_figures(report.expert_cache)
 
 
 def perplexity_figures(value: float, *, n_tokens_scored: int, window: int, tokens_per_s: float) -> dict[str, object]:
@@ -64,7 +67,21 @@ def bench_lines(bench: Bench) -> list[str]:
         f"{bench.n_threads} threads, {kernels}{', exact' if bench.is_exact else ''} · "
         f"memory: private {memory.private_nbytes / _MB:.0f} MB, shared {memory.shared_nbytes / _MB:.0f} MB"
     )
+    if bench.expert_cache is not None:
+        lines += cache_lines(bench.expert_cache)
     return lines
+
+
+def cache_lines(counters: Counters) -> list[str]:
+    """Return the lines a person reads of what an expert cache counted."""
+    ratio = "-" if counters.hit_ratio is None else f"{counters.hit_ratio:.3f}"
+    return [
+        f"expert cache: hit ratio {ratio}, {counters.misses} misses · copied {counters.copied_nbytes / _MB:.0f} MB, "
+        f"waited {counters.waited_s:.2f} s",
+        f"prefetches: {counters.prefetches_issued} issued, {counters.prefetches_used} used "
+        f"({counters.prefetches_late} late), {counters.prefetches_cancelled} cancelled, "
+        f"{counters.prefetches_wasted} wasted",
+    ]
 
 
 def bench_figures(bench: Bench) -> dict[str, object]:
@@ -73,9 +90,17 @@ def bench_figures(bench: Bench) -> dict[str, object]:
         asdict(bench.plan)
         | {"threads": bench.n_threads, "exact": bench.is_exact, "has_c_kernels": bench.has_c_kernels}
         | asdict(bench.memory)
+        | _cache_figures(bench.expert_cache)
         | _speed_figures("prefill", bench.prefill)
         | _speed_figures("decode", bench.decode)
     )
+
+
+def _cache_figures(counters: Counters | None) -> dict[str, object]:
+    if counters is None:
+        return {}
+    figures = asdict(counters) | {"hit_ratio": counters.hit_ratio}
+    return {f"expert_cache_{name}": value for name, value in figures.items()}
 
 
 def _speed_figures(name: str, speed: Speed | None) -> dict[str, object]:

@@ -32,9 +32,12 @@ from runner.experts.compute import ExpertCall, ExpertCompute
 from runner.experts.counters import Counters, Tally
 from runner.experts.prefetch import Guard
 from runner.experts.slots import Claim, SlotTable
+from runner.experts.source import Guess
 from runner.experts.transfer import CHUNK_NBYTES, CopyEngine, new_slots
 from runner.store_view import StoreView
 
+# So many slots belong to no layer.
+N_SPARES = 4
 # Steps of up to so many tokens are decoding, which the guard measures.
 _DECODE_TOKENS_MAX = 8
 
@@ -56,7 +59,7 @@ class CacheSettings:
     """
 
     quotas: tuple[int, ...]
-    n_spares: int = 4
+    n_spares: int = N_SPARES
     mode: CacheMode = CacheMode.CACHED
     chunk_nbytes: int = CHUNK_NBYTES
     is_direct: bool = False
@@ -126,6 +129,7 @@ class CachedExperts:
             stepped_by=stepped_by,
         )
         self._lock = self._engine.condition
+        self._guesses: list[tuple[int, Guess]] = []
         # A call that was left by an exception has pins that no event answers for.
         self._is_in_call = False
         self._step_began_s = 0.0
@@ -169,18 +173,12 @@ class CachedExperts:
             self._guard.observe(self._clock() - self._step_began_s, n_tokens)
         return result
 
-    def prefetch(self, layer: int, expert_ids: Tensor) -> None:
-        """Copy these experts behind all that is waited for, as far as slots are to spare; the likeliest come first."""
-        if self._guard is not None and not self._guard.is_on:
-            return
-        experts = _in_one_row(expert_ids)
-        sources = [self._source_of_guess(layer, expert) for expert in experts]
-        with self._lock:
-            self._engine.check()
-            for expert, source in zip(experts, sources, strict=True):
-                slot = None if source is None else self._table.guess(layer, expert)
-                if source is not None and slot is not None:
-                    self._engine.submit(slot, source, is_demand=False)
+    def prefetch(self, layer: int, guess: Guess) -> None:
+        """Note a guess; the next `forward` follows it behind all that it waits for itself, if slots are to spare.
+
+        Computing the guess then costs nothing where the device computes meanwhile, and is left out where it is no use.
+        """
+        self._guesses.append((layer, guess))
 
     def _begin(self, layer: int, groups: Sequence[Sequence[int]]) -> None:
         """Make sure that the call can be made: its records are there, and so are the slots."""
@@ -235,6 +233,7 @@ class CachedExperts:
         """Launch everything; return the slots that are still pinned."""
         slots = wanted.ready
         self._launch(slots, partial(self._compute.forward, call, slots), writes=self._outputs)
+        self._follow_guesses()
         return slots
 
     def _launch_as_copied(self, call: ExpertCall, wanted: _Wanted) -> dict[int, int]:
@@ -245,6 +244,7 @@ class CachedExperts:
             if self._may_launch(wanted):
                 launched, wanted.ready = wanted.ready, {}
                 self._launch(launched, partial(self._compute.contribute, call, launched, contributions))
+            self._follow_guesses()
             if not wanted.is_there:
                 self._await_more(wanted, launched)
                 launched = {}
@@ -263,6 +263,26 @@ class CachedExperts:
         for slot in read:
             compute.record(slot.last_use)
             slot.was_used = True
+
+    def _follow_guesses(self) -> None:
+        """Ask for the copies of what was guessed and is not there; the likeliest come first."""
+        guesses, self._guesses = self._guesses, []
+        if self._guard is not None and not self._guard.is_on:
+            return
+        for layer, guess in guesses:
+            with self._lock:
+                helps = self._table.may_guess(layer, self._n_experts)
+            if helps:
+                self._copy_ahead(layer, _in_one_row(guess()))
+
+    def _copy_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        sources = [self._source_of_guess(layer, expert) for expert in experts]
+        with self._lock:
+            self._engine.check()
+            for expert, source in zip(experts, sources, strict=True):
+                slot = None if source is None else self._table.guess(layer, expert)
+                if source is not None and slot is not None:
+                    self._engine.submit(slot, source, is_demand=False)
 
     def _may_launch(self, wanted: _Wanted) -> bool:
         """Return whether to launch what is ready; the naive way is to copy first, as much as there are slots for."""

@@ -52,3 +52,8 @@ class Tally:
     def snapshot(self) -> Counters:
         """Return the counters as they stand."""
         return Counters(*astuple(self))
+
+
+def counted_since(before: Counters | None, now: Counters | None) -> Counters | None:
+    """Return what was counted between the two; None without a cache."""
+    return None if before is None or now is None else now - before

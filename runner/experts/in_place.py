@@ -12,6 +12,7 @@ from protocol.layout import record_spans
 from quant.errors import ExpertMissing
 from quant.expert import Expert, LayerExperts
 from quant.workspace import Workspace
+from runner.experts.source import Guess
 from runner.store_view import StoreView
 
 
@@ -37,7 +38,7 @@ class InPlaceExperts:
                     experts.put(expert, self._load(ExpertKey(layer, expert)))
         return experts.forward(hidden_states, expert_ids, weights)
 
-    def prefetch(self, layer: int, expert_ids: Tensor) -> None:
+    def prefetch(self, layer: int, guess: Guess) -> None:
         """Do nothing: the experts are in memory."""
 
     def _load(self, key: ExpertKey) -> Expert:

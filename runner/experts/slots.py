@@ -109,6 +109,11 @@ class SlotTable:
         self._tally.misses += 1
         return Claim(slot, is_new)
 
+    def may_guess(self, layer: int, n_experts: int) -> bool:
+        """Return whether a prefetch for the layer, of so many experts, would find a slot and something to copy."""
+        has_room = bool(self._spares) and len(self._guesses) < self._n_guesses_max
+        return has_room and len(self._cached[layer]) < n_experts
+
     def guess(self, layer: int, expert: int) -> int | None:
         """Return the slot to prefetch an expert into; None if it is there already or no slot is to spare."""
         is_there = expert in self._cached[layer] or (layer, expert) in self._guesses

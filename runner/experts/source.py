@@ -1,8 +1,12 @@
 """What the model asks of its experts. Knows not where they lie or are computed: in place, on a device, elsewhere."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
+
+# Returns the experts of one layer that are likely to be chosen, int64, the likeliest first; called only if that helps.
+Guess = Callable[[], Tensor]
 
 
 class ExpertSource(Protocol):
@@ -17,6 +21,6 @@ class ExpertSource(Protocol):
         """
         ...
 
-    def prefetch(self, layer: int, expert_ids: Tensor) -> None:
-        """Hint that these experts of the layer are likely to be asked for next."""
+    def prefetch(self, layer: int, guess: Guess) -> None:
+        """Hint, before `forward` of the layer that is computed now, at what a later layer is likely to choose."""
         ...

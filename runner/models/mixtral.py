@@ -14,7 +14,7 @@ rounded alike in prefill and decode. One token and many take the same path.
 The architecture: Jiang et al., Mixtral of Experts, 2024; its conventions (rotary halves, window) are transformers'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from quant.layer import Attention, rms_norm
 from quant.segment import Step
 from quant.workspace import Workspace
-from runner.experts.source import ExpertSource
+from runner.experts.source import ExpertSource, Guess
 from runner.kv_cache import KVCache
 from runner.models.mixtral_config import MixtralConfig
 from runner.weights import DenseWeights
@@ -46,20 +46,44 @@ class LayerObserver(Protocol):
         ...
 
 
+class Routing(Protocol):
+    """Somebody who chooses in the gates' place: for measurements on weights that mean nothing."""
+
+    def route(self, layer: int, step: Step) -> None:
+        """Overwrite the step's expert_ids and expert_weights of that layer."""
+        ...
+
+
+class Ahead(Protocol):
+    """Whoever names the experts of later layers, for `ExpertSource.prefetch`."""
+
+    def guesses(self, layer: int, hidden_states: Tensor) -> Iterable[tuple[int, Guess]]:
+        """Return later layers, the next one first, with what is likely to be chosen there; states f32 [T, H]."""
+        ...
+
+
 class Mixtral:
     """One model over its weights. Holds no state between steps: that is the sequences'.
 
-    Computes with the workspace's threads, in the one thread that calls it.
+    Computes with the workspace's threads, in the one thread that calls it. `ahead` is asked between a layer's attention
+    and its experts; without it nothing is prefetched.
     """
 
     def __init__(
-        self, config: MixtralConfig, weights: DenseWeights, experts: ExpertSource, workspace: Workspace
+        self,
+        config: MixtralConfig,
+        weights: DenseWeights,
+        experts: ExpertSource,
+        workspace: Workspace,
+        ahead: Ahead | None = None,
     ) -> None:
         self.config = config
         self._weights = weights
         self._experts = experts
         self._workspace = workspace
         self._angles = _RotaryAngles(config.head_dim, config.rope_theta)
+        self.ahead = ahead
+        self.routing: Routing | None = None
         self.observer: LayerObserver | None = None
 
     def gate_logits(self, layer: int, hidden_states: Tensor) -> Tensor:
@@ -83,6 +107,11 @@ class Mixtral:
         step = Step(hidden_states, attentions, like=segments[0])
         for layer, attention_segment in enumerate(segments):
             attention_segment(step)
+            if self.routing is not None:
+                self.routing.route(layer, step)
+            if self.ahead is not None:
+                for later, guess in self.ahead.guesses(layer, hidden_states):
+                    self._experts.prefetch(later, guess)
             step.added = self._experts.forward(layer, step.normed, step.expert_ids, step.expert_weights)
             if self.observer is not None:
                 self.observer.after_layer(layer, step)

@@ -13,6 +13,7 @@ BENCH = Bench(
     is_exact=False,
     has_c_kernels=True,
     memory=Memory(private_nbytes=190_000_000, shared_nbytes=445_000_000),
+    expert_cache=None,
 )
 
 

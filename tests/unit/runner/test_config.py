@@ -76,6 +76,8 @@ def test_an_unknown_option_is_answered_with_the_nearest_known_one(tmp_path: Path
     ("name", "value"),
     [
         ("device", "tpu"),
+        ("device", 1),
+        ("device", "link:fast"),
         ("threads", 0),
         ("threads", True),
         ("context", 0),
@@ -90,10 +92,16 @@ def test_an_unknown_option_is_answered_with_the_nearest_known_one(tmp_path: Path
         ("seed", -1),
         ("prefill_chunk", 0),
         ("max_new_tokens", 0),
+        ("cache_experts", 0),
+        ("device_memory", 0),
+        ("device_memory", "11 giga"),
+        ("prefetch_depth", -1),
+        ("prefetch_depth", 11),
+        ("prefetch_experts", 0),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ConfigInvalid, match=f"^{name}: .* came$"):
+    with pytest.raises(ConfigInvalid, match=f"^{name}: .*(came$|not 'fast'$)"):
         with_options(RunnerConfig(), {name: value})
 
 
@@ -111,3 +119,24 @@ def test_a_file_that_is_no_toml_is_one_clear_line(tmp_path: Path, content: bytes
 def test_a_directory_in_the_files_place_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigInvalid, match="Is a directory"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("11GiB", 11 << 30), ("1.5 GB", 1_500_000_000), ("4096", 4096), ("0.25MiB", 1 << 18), ("7 kB", 7000), ("3B", 3)],
+)
+def test_memory_is_given_as_people_write_it(text: str, nbytes: int) -> None:
+    assert with_options(RunnerConfig(), {"device_memory": text}).device_memory == nbytes
+
+
+def test_one_way_to_size_the_cache_replaces_the_other_one_of_the_file() -> None:
+    config = with_options(RunnerConfig(), {"device_memory": "11GiB"})
+
+    config = with_options(config, {"cache_experts": 4})
+
+    assert (config.cache_experts, config.device_memory) == (4, None)
+
+
+def test_both_ways_to_size_the_cache_at_once_are_refused() -> None:
+    with pytest.raises(ConfigInvalid, match=r"^cache_experts: not together with device_memory"):
+        with_options(RunnerConfig(), {"device_memory": "11GiB", "cache_experts": 4})

@@ -47,6 +47,18 @@ def test_cuda_is_refused_with_what_to_do_now() -> None:
         choose_device("cuda")
 
 
+def test_a_link_is_taken_by_its_full_name() -> None:
+    assert choose_device("link:12GB/s,10us") == "link:12GB/s,10us"
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:-1", "cuda:1234", "CPU", "link", ""])
+def test_what_is_no_device_is_refused_with_what_is(name: str) -> None:
+    with pytest.raises(
+        DeviceUnavailable, match=rf"auto, cpu, cuda, cuda:N or link:SPEED .* is expected, '{name}' came"
+    ):
+        choose_device(name)
+
+
 def test_two_threads_of_one_core_count_once(tmp_path: Path) -> None:
     write_topology(tmp_path, {0: "0,2", 1: "1,3", 2: "0,2", 3: "1,3"})
 

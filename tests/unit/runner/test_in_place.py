@@ -101,7 +101,7 @@ def test_only_the_records_of_chosen_experts_are_asked_for_each_once(weights: lis
 
     with Workspace() as workspace:
         experts = InPlaceExperts(store, workspace)
-        experts.prefetch(0, torch.tensor([[0, 1]]))
+        experts.prefetch(0, lambda: torch.tensor([[0, 1]]))
         for layer, ids in ((1, [[3, 1], [1, 3]]), (1, [[1, 3], [3, 1]]), (1, [[1, 2], [2, 1]]), (0, [[3, 1], [3, 1]])):
             experts.forward(layer, hidden_states, torch.tensor(ids), torch.ones(2, 2))
 

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+from runner.experts.counters import Counters
 from runner.generate import EOS, Report
 from runner.metrics import Memory
 from runner.report import report_figures, report_lines
@@ -19,6 +20,19 @@ REPORT = Report(
     decode_tokens_per_s=12.5,
     has_c_kernels=True,
     memory=Memory(private_nbytes=190_000_000, shared_nbytes=445_000_000),
+    expert_cache=None,
+)
+COUNTERS = Counters(
+    hits=30,
+    misses=10,
+    evictions=8,
+    prefetches_issued=9,
+    prefetches_used=6,
+    prefetches_late=2,
+    prefetches_cancelled=2,
+    prefetches_wasted=1,
+    copied_nbytes=15_000_000,
+    waited_s=0.25,
 )
 
 
@@ -45,3 +59,19 @@ def test_the_figures_of_a_report_are_one_flat_object() -> None:
     assert figures["private_nbytes"] == 190_000_000
     assert figures["has_c_kernels"] is True
     assert not any(isinstance(value, dict) for value in figures.values())
+
+
+def test_a_cache_is_reported_to_people_and_programs() -> None:
+    report = replace(REPORT, expert_cache=COUNTERS)
+
+    lines, figures = report_lines(report), report_figures(report)
+
+    assert "expert cache: hit ratio 0.750, 10 misses · copied 15 MB, waited 0.25 s" in lines
+    assert "prefetches: 9 issued, 6 used (2 late), 2 cancelled, 1 wasted" in lines
+    assert (figures["expert_cache_hit_ratio"], figures["expert_cache_copied_nbytes"]) == (0.75, 15_000_000)
+    assert not any(isinstance(value, dict) for value in figures.values())
+
+
+def test_without_a_cache_none_is_reported() -> None:
+    assert not any("cache" in line for line in report_lines(REPORT))
+    assert not any("cache" in name for name in report_figures(REPORT))

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,9 +103,10 @@ def rehearse(
         interleaving.engine = experts._engine
         outputs = []
         for step, following in zip(steps, [*steps[1:], None], strict=True):
-            outputs.append(experts.forward(step.layer, step.hidden_states, step.expert_ids, step.weights))
             if following is not None:
-                experts.prefetch(following.layer, torch.tensor(GUESSES[guess](chooser, following.experts)))
+                guessed = torch.tensor(GUESSES[guess](chooser, following.experts), dtype=torch.int64)
+                experts.prefetch(following.layer, partial(torch.clone, guessed))
+            outputs.append(experts.forward(step.layer, step.hidden_states, step.expert_ids, step.weights))
         experts.close()
         device.close()
         return Rehearsed(outputs, experts.counters)
