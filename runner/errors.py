@@ -12,6 +12,7 @@ RunnerError
 ├── PromptTooLong       the prompt alone does not fit into the context
 ├── PromptInvalid       a prompt or text that cannot be computed: empty, unreadable, unknown token ids
 ├── DeviceUnavailable   the device that was asked for cannot be used
+├── DeviceFailed        a device that reported an error: what it computed is lost
 ├── TokenizerInvalid    the store's tokenizer cannot be read
 ├── TemplateError       the store's chat template is missing, damaged or refuses the conversation
 └── NotFinite           logits that are no numbers
@@ -64,6 +65,10 @@ class PromptInvalid(RunnerError):
 
 class DeviceUnavailable(RunnerError):
     """The device that was asked for cannot be used."""
+
+
+class DeviceFailed(RunnerError):
+    """A device that reported an error; what it computed is lost."""
 
 
 class TokenizerInvalid(RunnerError):

@@ -108,6 +108,10 @@ class Device(Protocol):
         """Submit to the compute queue; `reads` and `writes` are all buffers of this device that the work touches."""
         ...
 
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a context for the calling thread in which it may allocate what launched work will use."""
+        ...
+
     def synchronize(self, event: Event) -> None:
         """Block the calling thread until the event's latest record was reached; strict: raise UnrecordedEvent."""
         ...

@@ -9,7 +9,7 @@ accesses besides. Every method may be called by several host threads at once; it
 import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -112,6 +112,10 @@ class LinkDevice:
         """Submit to the compute queue; raise UnorderedAccess."""
         own_reads, own_writes = ([self._own_buffer(buffer) for buffer in buffers] for buffers in (reads, writes))
         self._submit(self._compute, "launch", work, own_reads, own_writes)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a context in which nothing is different: all memory is the host's."""
+        return nullcontext()
 
     def record(self, queue: OperationQueue, event: Event) -> None:
         """Make the event stand for all that was submitted to the queue until now; for LinkQueue."""

@@ -56,6 +56,9 @@ class WatchedDevice:
         if self._watcher("launch", ""):
             self._device.launch(work, reads=reads, writes=writes)
 
+    def computing(self) -> AbstractContextManager[None]:
+        return self._device.computing()
+
     def synchronize(self, event: Event) -> None:
         if self._watcher("synchronize", event.name):
             self._device.synchronize(event)
