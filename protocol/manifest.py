@@ -1,7 +1,8 @@
 """The manifest of a store: what it holds, where each record lies, and the checksum of every byte.
 
 `manifest.json` is compact JSON whose first key is `digest`, the sha256 of the same bytes without that key. As it lists
-the xxh3-128 of every record and the sha256 of every other file, the digest stands for the whole content.
+the xxh3-128 of every record and the sha256 of every other file, the digest stands for the whole content. The errors of
+weights are what storing them cost, as the store's maker measured it; one who did not leaves them out.
 Reading bounds everything before it is used: a manifest comes from a directory anybody may have made.
 """
 
@@ -31,6 +32,7 @@ _EXPERTS_MAX = 1 << 16
 _DENSE_MAX = 1 << 16
 _PARTS_MAX = 32
 _FILES_MAX = 64
+_ERROR_MAX = 1e6
 
 _Record = TypeVar("_Record")
 
@@ -92,6 +94,7 @@ class Manifest:
     experts: dict[ExpertKey, Record]
     dense: dict[str, Record]
     files: tuple[SideFile, ...]
+    weight_errors: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by record: ||w - ŵ|| / ||w|| by part
     read_digest: str | None = field(default=None, init=False, compare=False)  # of the bytes it was read from
 
     @property
@@ -152,6 +155,7 @@ def _document(manifest: Manifest) -> dict[str, object]:
         "experts": [[*key, *_plain_record(record)] for key, record in manifest.experts.items()],
         "dense": [[name, *_plain_record(record)] for name, record in manifest.dense.items()],
         "files": [_plain(file) for file in manifest.files],
+        "weight_errors": manifest.weight_errors,
     }
 
 
@@ -205,7 +209,24 @@ def _read_manifest(document: dict[str, object]) -> Manifest:
         experts=experts,
         dense=dense,
         files=tuple(_read_side_file(item) for item in _list(document, "files", _FILES_MAX)),
+        weight_errors=_read_weight_errors(
+            document.get("weight_errors", {}), {str(key): record for key, record in experts.items()} | dense
+        ),
     )
+
+
+def _read_weight_errors(item: object, records: dict[str, Record]) -> dict[str, tuple[float, ...]]:
+    if not isinstance(item, dict):
+        raise ManifestError("weight_errors: an object of lists is expected")
+    errors = {}
+    for name, values in item.items():
+        if name not in records:
+            raise ManifestError(f"weight_errors: {name!r:.80} is no record of this store")
+        if not isinstance(values, list) or len(values) != len(records[name].parts):
+            n_parts = len(records[name].parts)
+            raise ManifestError(f"weight_errors of {name}: a list of {n_parts}, one for each part, is expected")
+        errors[name] = tuple(_error(value, f"weight_errors of {name}") for value in values)
+    return errors
 
 
 def _read_expert(item: object, model: ModelFacts) -> tuple[ExpertKey, Record]:
@@ -297,6 +318,13 @@ def _count(value: object, name: str, maximum: int = 1 << 40) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= maximum:
         raise ManifestError(f"{name}: a whole number from 0 to {maximum} is expected, {value!r:.40} came")
     return value
+
+
+def _error(value: object, name: str) -> float:
+    # A NaN compares false with everything; JSON's own ones are read by Python, and refused here.
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _ERROR_MAX:
+        raise ManifestError(f"{name}: a number from 0 to {_ERROR_MAX:g} is expected, {value!r:.40} came")
+    return float(value)
 
 
 def _text(value: object, name: str) -> str:

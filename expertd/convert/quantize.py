@@ -18,13 +18,14 @@ from expertd.convert.mixtral import TensorClass, model_facts
 from expertd.convert.plan import PlannedRecord, StorePlan, plan_store
 from expertd.convert.staging import check_target, disk_errors, staged
 from expertd.convert.worker_messages import Job
-from expertd.convert.worker_pool import encode_records
+from expertd.convert.worker_pool import WrittenRecord, encode_records
 from expertd.convert.writer import new_record_files, write_file
 from protocol.layout import R8
 from protocol.manifest import MANIFEST_FILE, Manifest, Record, SideFile, TensorSchemes, dump_manifest
 
-# Of the right length: what a manifest weighs is known before its checksums are.
+# Of the right length, or as long as there is: what a manifest weighs is known before checksums and errors are.
 _NO_CHECKSUM = "0" * 32
+_NO_ERROR = 1.2345e-05
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,10 @@ class _ProgressReport:
 def _check_disk_space(target: Path, plan: StorePlan, source: Checkpoint, config: QuantizeConfig) -> None:
     """Raise NoDiskSpace unless the store fits beside what is there: a store to be replaced stays until the end."""
     records = {
-        planned.name: Record(R8, planned.parts, planned.file, planned.offset, planned.nbytes, _NO_CHECKSUM)
+        planned.name: WrittenRecord(
+            Record(R8, planned.parts, planned.file, planned.offset, planned.nbytes, _NO_CHECKSUM),
+            (_NO_ERROR,) * len(planned.parts),
+        )
         for planned in plan.records
     }
     manifest_nbytes = len(dump_manifest(_manifest(plan, records, source, config)))
@@ -106,8 +110,11 @@ def _check_disk_space(target: Path, plan: StorePlan, source: Checkpoint, config:
         )
 
 
-def _manifest(plan: StorePlan, records: dict[str, Record], source: Checkpoint, config: QuantizeConfig) -> Manifest:
+def _manifest(
+    plan: StorePlan, written: dict[str, WrittenRecord], source: Checkpoint, config: QuantizeConfig
+) -> Manifest:
     """Return the manifest in the plan's order, whatever order the records were finished in."""
+    records = {name: entry.record for name, entry in written.items()}
     return Manifest(
         model=model_facts(source.config),
         schemes=_schemes(plan, records),
@@ -117,6 +124,7 @@ def _manifest(plan: StorePlan, records: dict[str, Record], source: Checkpoint, c
         files=tuple(
             SideFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in source.side_files.items()
         ),
+        weight_errors={planned.name: written[planned.name].weight_errors for planned in plan.records},
     )
 
 

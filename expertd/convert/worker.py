@@ -28,6 +28,7 @@ from protocol.layout import R8, Part, record_spans
 from protocol.schemes import BF16, FP16
 from quant.encode import encode_part
 from quant.errors import QuantError
+from quant.weight_error import weight_error
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -59,26 +60,28 @@ class _Encoder:
         spans = record_spans(R8, planned.parts)
         bounds = [*(span.offset for span in spans), planned.nbytes]
         checksum = xxhash.xxh3_128()
-        schemes = []
+        schemes, weight_errors = [], []
         for index, (span, (begin, end)) in enumerate(zip(spans, pairwise(bounds), strict=True)):
-            part, encoded = self._encode_matrix(planned.matrices[index], span.part)
+            part, encoded, lost = self._encode_matrix(planned.matrices[index], span.part)
             # The padding up to the next part, or to the record's end, belongs to what is written and checked.
             data = bytearray(end - begin)
             torch.frombuffer(data, dtype=torch.uint8)[: span.nbytes] = encoded
             self.files.write(planned.file, planned.offset + begin, data)
             checksum.update(data)
             schemes.append(part.scheme)
+            weight_errors.append(lost)
             _tell(self.events, MatrixDone(number, index))
-        _tell(self.events, RecordDone(number, tuple(schemes), checksum.hexdigest()))
+        _tell(self.events, RecordDone(number, tuple(schemes), tuple(weight_errors), checksum.hexdigest()))
 
-    def _encode_matrix(self, matrix: Matrix, planned: Part) -> tuple[Part, Tensor]:
-        """Return the part with the scheme that its weights allow and its bytes, u8 [part_nbytes]."""
+    def _encode_matrix(self, matrix: Matrix, planned: Part) -> tuple[Part, Tensor, float]:
+        """Return the part with the scheme that its weights allow, its bytes, u8 [part_nbytes], and what they lost."""
         weight = _read(self.checkpoint, matrix)  # [rows, cols]
         part = _fitting_part(weight, planned)
         try:
-            return part, encode_part(weight, part, solver=self.solver)
+            encoded = encode_part(weight, part, solver=self.solver)
         except (QuantError, LayoutError) as error:
             raise EncodeFailed(f"{matrix.hub_name}: {error}") from None
+        return part, encoded, weight_error(weight, part, encoded)
 
 
 def _run(job: Job, events: int) -> None:

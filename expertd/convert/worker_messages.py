@@ -35,10 +35,11 @@ class MatrixDone:
 
 @dataclass(frozen=True, slots=True)
 class RecordDone:
-    """A record is written: the schemes its weights allowed, and the checksum of its bytes."""
+    """A record is written: the schemes its weights allowed, what each part lost, and the checksum of its bytes."""
 
     record: int
     schemes: tuple[str, ...]
+    weight_errors: tuple[float, ...]
     xxh3_128: str
 
 
@@ -79,8 +80,8 @@ def load_event(line: bytes) -> Event:
     match json.loads(line):
         case ["MatrixDone", record, matrix]:
             return MatrixDone(record, matrix)
-        case ["RecordDone", record, schemes, checksum]:
-            return RecordDone(record, tuple(schemes), checksum)
+        case ["RecordDone", record, schemes, weight_errors, checksum]:
+            return RecordDone(record, tuple(schemes), tuple(weight_errors), checksum)
         case ["Failed", kind, detail]:
             return Failed(kind, detail)
         case other:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from expertd.convert.errors import WorkerDied
 from expertd.convert.interruption import Interruption
@@ -30,6 +30,14 @@ main(sys.argv[2])
 """
 _SIGNAL_CHECK_S = 0.2
 _RECEIVE_NBYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenRecord:
+    """What the manifest says of a record that is written: its entry, and ||w - ŵ|| / ||w|| of each of its parts."""
+
+    record: Record
+    weight_errors: tuple[float, ...]
 
 
 class _Worker:
@@ -65,13 +73,13 @@ class _Worker:
 
 def encode_records(
     plan: StorePlan, job: Job, asked: Interruption, *, n_jobs: int, on_written: Callable[[PlannedRecord, int], None]
-) -> dict[str, Record]:
-    """Have all records of the plan written; return the manifest's entry of each by name; raise ConvertError.
+) -> dict[str, WrittenRecord]:
+    """Have all records of the plan written; return what the manifest says of each by name; raise ConvertError.
 
     `on_written` is called with a record and the index of its matrix that was written.
     """
     todo = iter(range(len(plan.records)))
-    records: dict[str, Record] = {}
+    records: dict[str, WrittenRecord] = {}
     with _started(job, min(n_jobs, len(plan.records))) as (workers, selector):
         for worker in workers:
             _give_next(worker, todo)
@@ -85,7 +93,7 @@ def encode_records(
                             on_written(plan.records[record], matrix)
                         case RecordDone(record):
                             planned = plan.records[record]
-                            records[planned.name] = _manifest_record(planned, event)
+                            records[planned.name] = _written_record(planned, event)
                             _give_next(worker, todo)
                         case Failed():
                             raise event.error()
@@ -109,9 +117,10 @@ def _give_next(worker: _Worker, todo: Iterator[int]) -> None:
         worker.give(record)
 
 
-def _manifest_record(planned: PlannedRecord, done: RecordDone) -> Record:
+def _written_record(planned: PlannedRecord, done: RecordDone) -> WrittenRecord:
     parts = tuple(replace(part, scheme=scheme) for part, scheme in zip(planned.parts, done.schemes, strict=True))
-    return Record(R8, parts, planned.file, planned.offset, planned.nbytes, done.xxh3_128)
+    record = Record(R8, parts, planned.file, planned.offset, planned.nbytes, done.xxh3_128)
+    return WrittenRecord(record, done.weight_errors)
 
 
 def _story(returncode: int) -> str:

@@ -183,6 +183,22 @@ def test_every_weight_is_the_sources_within_its_schemes_error(mixed: Converted) 
         assert error <= TOLERANCES.get(scheme, 0.0), (name, scheme)
 
 
+def test_the_manifest_says_what_every_weight_lost(mixed: Converted, sixteen_bit: Converted) -> None:
+    for converted in (mixed, sixteen_bit):
+        source = source_of(converted.checkpoint)
+
+        errors = {
+            hub_name(name, part.name): error
+            for name, record in records_in(converted.manifest).items()
+            for part, error in zip(record.parts, converted.manifest.weight_errors[name], strict=True)
+        }
+
+        assert errors.keys() == source.keys()
+        for name, (_, weight) in weights_in(converted).items():
+            expected = source[name].float().reshape(weight.shape)
+            assert errors[name] == pytest.approx(float((weight - expected).norm() / expected.norm()), rel=1e-3), name
+
+
 def test_the_stock_library_reads_the_files(mixed: Converted) -> None:
     read: dict[str, Tensor] = {}
 

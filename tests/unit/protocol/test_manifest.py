@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,17 @@ def test_a_manifest_comes_out_as_it_went_in(tmp_path: Path) -> None:
 
     assert loaded == manifest
     assert loaded.digest == manifest.digest
+
+
+def test_errors_of_weights_come_out_as_they_went_in_and_may_be_left_out(tmp_path: Path) -> None:
+    manifest = write_random_store(tmp_path / "store")
+    measured = replace(manifest, weight_errors={"norm": (0.0,), "layers.1.experts.3": (0.0823, 1e-7, 0.25)})
+
+    loaded = load_manifest(dump_manifest(measured))
+
+    assert loaded.weight_errors == measured.weight_errors
+    assert loaded.digest != manifest.digest
+    assert load_manifest(dump_manifest(manifest)).weight_errors == {}
 
 
 def test_the_digest_stands_for_every_record(tmp_path: Path) -> None:
@@ -93,6 +105,15 @@ HOSTILE: dict[str, tuple[Callable[[Document], object], str]] = {
     "a dense name too long": (lambda d: d["dense"][0].__setitem__(0, "x" * 300), "1 to 256 characters"),
     "an unknown field": (lambda d: d["model"].__setitem__("x", 1), "model: the fields"),
     "a side file outside": (lambda d: d["files"][0].__setitem__("name", "a/b"), "is not of the form"),
+    "no object of errors": (lambda d: d.update(weight_errors=[]), "weight_errors: an object of lists"),
+    "errors of no record": (lambda d: d.update(weight_errors={"x": [0.1]}), "'x' is no record of this store"),
+    "too few errors": (
+        lambda d: d.update(weight_errors={"layers.0.experts.1": [0.1]}),
+        "weight_errors of layers.0.experts.1: a list of 3, one for each part, is expected",
+    ),
+    "an error below 0": (lambda d: d.update(weight_errors={"norm": [-0.1]}), "weight_errors of norm: a number from 0"),
+    "an error that is no number": (lambda d: d.update(weight_errors={"norm": [float("nan")]}), "a number from 0"),
+    "an error that is a text": (lambda d: d.update(weight_errors={"norm": ["0.1"]}), "a number from 0 .* '0.1' came"),
 }
 
 
