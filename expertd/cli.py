@@ -173,8 +173,8 @@ def verify(store: Path) -> None:
 @STORE
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect(store: Path, as_json: bool) -> None:
-    """Show what STORE holds: model, schemes, sizes."""
-    from expertd.show import inspect_json, inspect_text
+    """Show what STORE holds: model, sizes, schemes, and what its weights lost."""
+    from expertd.inspection import inspect_json, inspect_text
     from expertd.store import read_manifest
 
     with _naming(store):

@@ -1,18 +1,17 @@
-"""How a checkpoint is to be quantized: a scheme for each class of tensors, and the solver. Knows no tensors.
+"""How a checkpoint is to be quantized: a scheme for each class of tensors, exceptions, the solver. Knows no tensors.
 
 The files in configs/ explain each option; embeddings, norms and gates are always stored in 16 bits.
 """
 
-import difflib
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 from expertd.convert.errors import ConfigError
-
-# "16bit" keeps a checkpoint's own 16-bit type; every other word is a scheme of protocol.schemes.
-SIXTEEN_BIT: Final = "16bit"
+from expertd.convert.overrides import Override, read_overrides
+from expertd.convert.words import SIXTEEN_BIT, listed, nearest
+from protocol.handles import ExpertKey
 
 _CONFIG_NBYTES_MAX = 1 << 20
 _SCHEMES = (SIXTEEN_BIT, "8bit-g64", "4bit-g64", "3bit-g64", "2bit-g16")
@@ -26,17 +25,27 @@ _CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class QuantizeConfig:
-    """The scheme of experts, attention and output head, and the solver; raise ConfigError for an unknown word."""
+    """The scheme of experts, attention and output head, and the solver; raise ConfigError for what is not known.
+
+    `override` takes tables as they stand in a file, too.
+    """
 
     experts: str = "4bit-g64"
     attention: str = "4bit-g64"
     head: str = "8bit-g64"
     solver: str = "shortcut"
+    override: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
-        for option, value in asdict(self).items():
-            if value not in _CHOICES[option]:
-                raise ConfigError(f"{option}: one of {_listed(_CHOICES[option])} is expected, {value!r:.60} came")
+        for option, choices in _CHOICES.items():
+            value = getattr(self, option)
+            if value not in choices:
+                raise ConfigError(f"{option}: one of {listed(choices)} is expected, {value!r:.60} came")
+        object.__setattr__(self, "override", read_overrides(self.override))
+
+    def scheme_of(self, key: ExpertKey) -> str:
+        """Return the word for the scheme of that expert."""
+        return next((override.scheme for override in reversed(self.override) if override.holds_for(key)), self.experts)
 
 
 def load_config(path: Path) -> QuantizeConfig:
@@ -45,16 +54,15 @@ def load_config(path: Path) -> QuantizeConfig:
     known = [field.name for field in fields(QuantizeConfig)]
     for option in document:
         if option not in known:
-            nearest = difflib.get_close_matches(option, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{path}: unknown option {option!r:.60}; the nearest known one is {nearest!r}")
+            raise ConfigError(f"{path}: {nearest(option, known)}")
     try:
         return QuantizeConfig(**document)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _read_toml(path: Path) -> dict[str, str]:
-    """Return the file's table; that its values are words is checked by the class."""
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Return the file's table; its values are checked by the class."""
     try:
         with path.open("rb") as file:
             data = file.read(_CONFIG_NBYTES_MAX + 1)
@@ -66,7 +74,3 @@ def _read_toml(path: Path) -> dict[str, str]:
         return tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML ({error})") from None
-
-
-def _listed(words: tuple[str, ...]) -> str:
-    return ", ".join(repr(word) for word in words)

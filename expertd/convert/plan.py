@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expertd.convert.checkpoint import Checkpoint
-from expertd.convert.config import SIXTEEN_BIT, QuantizeConfig
+from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import GroupsDoNotDivide, MalformedCheckpoint
 from expertd.convert.mixtral import Matrix, RecordSource, TensorClass, dense_records, expert_records
+from expertd.convert.overrides import check_overrides
 from expertd.convert.safetensors_header import build_header
+from expertd.convert.words import SIXTEEN_BIT
 from protocol.errors import LayoutError
 from protocol.handles import ExpertKey
 from protocol.layout import R8, SEGMENT_NBYTES_MAX, Part, check_shape, plan_segments, record_nbytes
@@ -72,10 +74,11 @@ class _Sized:
 def plan_store(
     checkpoint: Checkpoint, config: QuantizeConfig, *, file_nbytes_max: int = SEGMENT_NBYTES_MAX
 ) -> StorePlan:
-    """Return the store that the checkpoint becomes; raise GroupsDoNotDivide naming the tensor and the remedy.
+    """Return the store that the checkpoint becomes; raise ConfigError, or GroupsDoNotDivide naming the remedy.
 
     A file of experts holds at most `file_nbytes_max` bytes of records, unless one record alone is longer.
     """
+    check_overrides(config.override, checkpoint.config.n_layers, checkpoint.config.n_experts)
     dense = [_size(checkpoint, source, config) for source in dense_records(checkpoint.config)]
     experts = [_size(checkpoint, source, config) for source in expert_records(checkpoint.config)]
     places = plan_segments([record.nbytes for record in experts], file_nbytes_max)
@@ -114,20 +117,27 @@ def _place(members: Sequence[_Sized], file: str, data_offset: int) -> list[Plann
 
 
 def _size(checkpoint: Checkpoint, source: RecordSource, config: QuantizeConfig) -> _Sized:
-    word = {"experts": config.experts, "attention": config.attention, "head": config.head, "other": SIXTEEN_BIT}[
-        source.tensor_class
-    ]
-    parts = tuple(_plan_part(checkpoint, matrix, source.tensor_class, word) for matrix in source.matrices)
+    word = _scheme_word(source, config)
+    remedy = f'{source.tensor_class} = "{SIXTEEN_BIT}"'
+    if source.key is not None and word != config.experts:
+        remedy = f"nbits = 16 in the override for {source.name}"
+    parts = tuple(_plan_part(checkpoint, matrix, word, remedy) for matrix in source.matrices)
     return _Sized(source, parts, record_nbytes(R8, parts))
 
 
-def _plan_part(checkpoint: Checkpoint, matrix: Matrix, tensor_class: TensorClass, word: str) -> Part:
+def _scheme_word(source: RecordSource, config: QuantizeConfig) -> str:
+    if source.key is not None:
+        return config.scheme_of(source.key)
+    return {"attention": config.attention, "head": config.head}.get(source.tensor_class, SIXTEEN_BIT)
+
+
+def _plan_part(checkpoint: Checkpoint, matrix: Matrix, word: str, remedy: str) -> Part:
     scheme = _sixteen_bit_scheme(checkpoint.dtype(matrix)) if word == SIXTEEN_BIT else scheme_named(word)
     try:
         check_shape(matrix.hub_name, matrix.rows, matrix.cols, scheme)
     except LayoutError as error:
         if scheme.is_quantized:
-            raise GroupsDoNotDivide(f'{error}: {tensor_class} = "{SIXTEEN_BIT}"') from None
+            raise GroupsDoNotDivide(f"{error}: {remedy}") from None
         raise MalformedCheckpoint(str(error)) from None
     return Part(matrix.part_name, matrix.rows, matrix.cols, scheme.name)
 

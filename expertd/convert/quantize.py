@@ -6,6 +6,7 @@ Everything that can be refused is refused before a weight is read. The store app
 import hashlib
 import os
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,13 +130,14 @@ def _manifest(
 
 
 def _schemes(plan: StorePlan, records: dict[str, Record]) -> TensorSchemes:
-    """Return the scheme of each class, for one in 16 bits that of its first matrix; a tied head is the embedding."""
-    first: dict[TensorClass, str] = {}
+    """Return the scheme that most of each class have, the first of several; a tied head is the embedding."""
+    counts: dict[TensorClass, Counter[str]] = defaultdict(Counter)
     for planned in plan.records:
-        first.setdefault(planned.tensor_class, records[planned.name].parts[0].scheme)
+        counts[planned.tensor_class][records[planned.name].parts[0].scheme] += 1
+    most = {tensor_class: count.most_common(1)[0][0] for tensor_class, count in counts.items()}
     return TensorSchemes(
-        experts=first["experts"],
-        attention=first["attention"],
-        head=first.get("head", first["other"]),
-        other=first["other"],
+        experts=most["experts"],
+        attention=most["attention"],
+        head=most.get("head", most["other"]),
+        other=most["other"],
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from expertd.convert.config import QuantizeConfig
+from expertd.convert.overrides import Override
 from protocol.handles import ExpertKey
 from runner.config import RunnerConfig
 from runner.engine import Engine
@@ -49,6 +50,15 @@ SCHEMES = {
     "4 bits": QuantizeConfig(experts="4bit-g64", attention="4bit-g64", head="4bit-g64"),
     "3 bits": QuantizeConfig(experts="3bit-g64", attention="4bit-g64", head="8bit-g64"),
     "2 bits": QuantizeConfig(experts="2bit-g16", attention="16bit", head="16bit"),
+    "all widths": QuantizeConfig(
+        experts="3bit-g64",
+        override=(
+            Override(2, layers="0"),
+            Override(8, experts="1"),
+            Override(16, layers="1", experts="2-3"),
+            Override(4, layers="1", experts="0"),
+        ),
+    ),
 }
 
 

@@ -264,7 +264,7 @@ def test_a_tied_checkpoint_becomes_a_store_without_a_head(sixteen_bit: Converted
     manifest = sixteen_bit.manifest
 
     assert "lm_head" not in manifest.dense
-    assert manifest.schemes == TensorSchemes(experts="bf16", attention="bf16", head="fp16", other="fp16")
+    assert manifest.schemes == TensorSchemes(experts="fp16", attention="bf16", head="fp16", other="fp16")
 
 
 def test_the_store_does_not_depend_on_the_number_of_workers(mixed: Converted, tmp_path: Path) -> None:

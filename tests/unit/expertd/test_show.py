@@ -1,11 +1,9 @@
-"""What people and programs read of a daemon and of a store."""
+"""What people and programs read of a daemon."""
 
 import json
-from pathlib import Path
 
-from expertd.show import inspect_json, inspect_text, status_json, status_text
+from expertd.show import status_json, status_text
 from protocol.handles import ExpertKey
-from protocol.manifest import Manifest
 from protocol.messages import Code, Refused, SessionStatus, Status, StoreState, StoreStatus
 
 DIGEST = "ab" * 32
@@ -76,23 +74,3 @@ def test_a_program_gets_everything_as_json() -> None:
     assert document["stores"][0]["corrupt"] == [[3, 4]]
     assert document["stores"][1]["error"] == {"code": "store_invalid", "detail": "cut"}
     assert [session["pid"] for session in document["sessions"]] == [1234, 4321]
-
-
-def test_inspect_shows_model_schemes_and_sizes(manifest: Manifest) -> None:
-    text = inspect_text(Path("/models/mixtral"), manifest)
-
-    assert f"format 2, digest {manifest.digest[:12]}" in text
-    assert "2 layers of 4 experts, 2 per token" in text
-    assert "w1 128 x 64 4bit-g64" in text
-    assert "config.json" in text
-
-
-def test_inspect_as_json_agrees_with_the_manifest(manifest: Manifest) -> None:
-    document = json.loads(json.dumps(inspect_json(manifest)))
-
-    n_weights = 8 * 3 * 128 * 64
-    assert document["digest"] == manifest.digest
-    assert document["n_experts_in_all"] == 8
-    assert document["experts_nbytes"] == manifest.experts_nbytes
-    assert document["experts_bits_per_weight"] == manifest.experts_nbytes * 8 / n_weights
-    assert document["dense"] == {"norm": ["bf16"], "embed_tokens": ["bf16"]}

@@ -51,7 +51,7 @@ def part_bytes(part: Part, seed: int = 0) -> torch.Tensor:
 
 
 def write(folder: Path, geometry: Geometry = SMALL, *, seed: int = 0, **schemes: str) -> Manifest:
-    plan = plan_synthetic_store(geometry, QuantizeConfig(**schemes))
+    plan = plan_synthetic_store(geometry, QuantizeConfig(**schemes))  # type: ignore[arg-type]
     return write_synthetic_store(folder, plan, seed=seed)
 
 

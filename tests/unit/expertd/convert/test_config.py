@@ -24,9 +24,24 @@ def test_every_shipped_file_sets_and_explains_every_option_and_its_default(path:
 
     options = tomllib.loads(text)
     for field in fields(QuantizeConfig):
+        if field.name == "override":
+            continue  # a test of its own
         assert options[field.name] == getattr(config, field.name)
         comment = text[: text.index(f"\n{field.name} = ")].rsplit("\n\n", 1)[-1]
         assert f'Default: "{field.default}"' in comment
+
+
+@pytest.mark.parametrize("path", STORE_CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_file_has_no_override_and_an_example_of_one_that_is_right(path: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    head, commented = text.split("# [[override]]\n")
+    example = write(tmp_path / "c.toml", head + "[[override]]\n" + commented.replace("# ", ""))
+
+    config, with_example = load_config(path), load_config(example)
+
+    assert config.override == ()
+    assert len(with_example.override) == 1
+    assert with_example.override[0].scheme != config.experts
 
 
 @pytest.mark.parametrize("path", STORE_CONFIGS, ids=lambda path: path.name)
