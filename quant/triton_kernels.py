@@ -37,6 +37,14 @@ class Products(Protocol):
     def name(self) -> str:
         """What computes: "triton" or "torch"."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations."""
+
     def multiply(self, x: Tensor, part: DevicePart, out: Tensor) -> None:
         """Write x · Wᵀ into out, f32 [T, rows], of x [T, cols]; raise BadShape."""
 

@@ -22,8 +22,8 @@ from runner.devices import choose_device
 from runner.devices.cpu import set_threads
 from runner.errors import PromptInvalid, PromptTooLong, RunnerError, StoreInvalid
 from runner.experts.counters import Counters
-from runner.kv_cache import KVCache
-from runner.models.mixtral import LayerObserver, Mixtral, Piece
+from runner.models.computation import Computation
+from runner.models.mixtral import LayerObserver, Piece
 from runner.models.mixtral_config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -31,7 +31,8 @@ from runner.models.mixtral_config import (
     check_experts,
     read_mixtral_config,
 )
-from runner.models.opening import CachePlan, Computation, open_model
+from runner.models.model import Model
+from runner.models.opening import CachePlan, open_model
 from runner.rounds import plan_rounds
 from runner.sampling import Sampling, sample
 from runner.sequence import Sequence
@@ -121,7 +122,8 @@ class Engine:
             computation = Computation(store, self.config, settings, device, self._workspace)
             opened = open_model(computation, opening, cache_plan)
             computing = opening.pop_all()
-        self._model: Mixtral | None = opened.model
+        self._model: Model | None = opened.model
+        self._new_kv_cache = opened.new_kv_cache
         self._cache = opened.cache
         self.planned_nbytes = opened.planned_nbytes
         self.dense_weights_s = monotonic() - started
@@ -164,15 +166,7 @@ class Engine:
         Raise ConfigInvalid for a context that cannot be, OutOfMemory for one that does not fit.
         """
         settings = self.settings if context is None else replace(self.settings, context=context)
-        return Sequence(
-            KVCache(
-                n_layers=self.config.n_layers,
-                n_kv_heads=self.config.n_kv_heads,
-                context=settings.context,
-                head_dim=self.config.head_dim,
-                dtype=torch.float32 if self.settings.exact else torch.float16,
-            )
-        )
+        return Sequence(self._new_kv_cache(settings.context))
 
     def step(self, sequences: Iterable[Sequence]) -> Tensor:
         """Compute each sequence's pending tokens, at least one; return the logits behind the last, fp32 [n, vocab]."""
@@ -302,7 +296,7 @@ class Engine:
         with torch.no_grad():
             return torch.split_with_sizes(model.forward(pieces, wanted), n_wanted)
 
-    def _opened_model(self) -> Mixtral:
+    def _opened_model(self) -> Model:
         if self._model is None:
             raise RunnerError("the engine is closed")
         return self._model

@@ -24,17 +24,22 @@ class SlotNeeds:
 
 @dataclass(frozen=True, slots=True)
 class FixedMemory:
-    """What lies in the device's memory beside the slots, in bytes; staging is counted, wherever it is pinned."""
+    """What lies in the device's memory beside the slots, in bytes; staging is counted, wherever it is pinned.
+
+    `context_nbytes` is what the device's driver takes for the process.
+    """
 
     dense_weights_nbytes: int
     kv_cache_nbytes: int
     workspace_nbytes: int
     staging_nbytes: int
+    context_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:
         """All of it."""
-        return self.dense_weights_nbytes + self.kv_cache_nbytes + self.workspace_nbytes + self.staging_nbytes
+        in_use_nbytes = self.dense_weights_nbytes + self.kv_cache_nbytes + self.workspace_nbytes
+        return in_use_nbytes + self.staging_nbytes + self.context_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,8 @@ def _too_small(needs: SlotNeeds, fixed: FixedMemory, device_memory_nbytes: int) 
         f"--device-memory: at least {least} bytes ({_gib(least, rounded_up=True)} GiB) are needed, "
         f"{device_memory_nbytes} ({_gib(device_memory_nbytes)} GiB) came; the least is dense weights "
         f"{fixed.dense_weights_nbytes}, kv_cache {fixed.kv_cache_nbytes}, workspace {fixed.workspace_nbytes}, staging "
-        f"{fixed.staging_nbytes} and {n_slots} + {needs.n_spares} spare slots of {needs.slot_nbytes} bytes"
+        f"{fixed.staging_nbytes}, context {fixed.context_nbytes} and {n_slots} + {needs.n_spares} spare slots of "
+        f"{needs.slot_nbytes} bytes"
     )
 
 

@@ -180,6 +180,13 @@ class CachedExperts:
         """
         self._guesses.append((layer, guess))
 
+    def follows_guesses(self, layer: int) -> bool:
+        """Return whether a guess for the layer may lead to a copy, as far as is known before the next `forward`."""
+        if self._guard is not None and not self._guard.is_on:
+            return False
+        with self._lock:
+            return self._table.n_cached(layer) < self._n_experts
+
     def _begin(self, layer: int, groups: Sequence[Sequence[int]]) -> None:
         """Make sure that the call can be made: its records are there, and so are the slots."""
         for group in groups:

@@ -12,11 +12,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from protocol.handles import ExpertKey
-from protocol.layout import Part, PartSpan, record_spans
 from protocol.manifest import Manifest
 from quant.expert import Expert, LayerExperts, sum_in_order
 from quant.workspace import Workspace
+from runner.experts.record_layouts import RecordLayouts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,15 +66,7 @@ class CExperts:
             for _ in range(model.n_layers)
         ]
         self._slots_of_all: list[dict[int, int]] = [{} for _ in range(model.n_layers)]
-        spans: dict[tuple[str, tuple[Part, ...]], int] = {}
-        self._layouts = [
-            [
-                spans.setdefault((record.layout_id, record.parts), len(spans))
-                for record in (manifest.experts[ExpertKey(layer, expert)] for expert in range(model.n_experts))
-            ]
-            for layer in range(model.n_layers)
-        ]
-        self._spans: list[tuple[PartSpan, ...]] = [record_spans(layout_id, parts) for layout_id, parts in spans]
+        self._layouts = RecordLayouts(manifest)
         self._slots: Sequence[Tensor] = ()
         self._experts: dict[tuple[int, int], Expert] = {}  # (slot, layout)
 
@@ -111,8 +102,8 @@ class CExperts:
 
     def _expert(self, layer: int, expert: int, slot: int) -> Expert:
         """Return how that expert is computed from the slot; one object for all of a layout."""
-        layout = self._layouts[layer][expert]
+        layout = self._layouts.number(layer, expert)
         known = self._experts.get((slot, layout))
         if known is None:
-            known = self._experts[slot, layout] = Expert(self._slots[slot], self._spans[layout])
+            known = self._experts[slot, layout] = Expert(self._slots[slot], self._layouts.spans(layout))
         return known

@@ -109,6 +109,10 @@ class SlotTable:
         self._tally.misses += 1
         return Claim(slot, is_new)
 
+    def n_cached(self, layer: int) -> int:
+        """Return how many of the layer's experts lie in slots or are being copied there, prefetched ones aside."""
+        return len(self._cached[layer])
+
     def may_guess(self, layer: int, n_experts: int) -> bool:
         """Return whether a prefetch for the layer, of so many experts, would find a slot and something to copy."""
         has_room = bool(self._spares) and len(self._guesses) < self._n_guesses_max

@@ -8,10 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
-
-from quant.workspace import Workspace
-from runner.config import RunnerConfig
 from runner.devices import CPU
 from runner.devices.link import LinkDevice
 from runner.devices.link_speed import LinkSpeed, parse_link
@@ -21,10 +17,13 @@ from runner.experts.compute import CExperts
 from runner.experts.in_place import InPlaceExperts
 from runner.experts.prefetch import Guard
 from runner.experts.transfer import CopyEngine
-from runner.kv_cache import kv_cache_nbytes
+from runner.kv_cache import KVCache, kv_cache_nbytes, reserve_kv_cache
+from runner.models.computation import Computation, kv_shape
 from runner.models.lookahead import Lookahead
 from runner.models.mixtral import Mixtral
 from runner.models.mixtral_config import MixtralConfig
+from runner.models.model import Model
+from runner.models.opening_device import HowCached, OnDevice, open_on_device
 from runner.store_view import StoreView
 from runner.weights import DenseWeights, load_dense_weights
 
@@ -34,9 +33,13 @@ _STEP_WIDTHS = 16
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model, its cache of experts unless they are computed in place, and the memory that was planned for it."""
+    """A model, its cache of experts unless they are computed in place, and the memory that was planned for it.
 
-    model: Mixtral
+    `new_kv_cache` returns one for a context of so many tokens; it raises OutOfMemory.
+    """
+
+    model: Model
+    new_kv_cache: Callable[[int], KVCache]
     cache: CachedExperts | None = None
     planned_nbytes: int | None = None
 
@@ -45,7 +48,8 @@ class OpenedModel:
 class CachePlan:
     """How the cache of a device works, beyond what the user's options say: what measurements and tests vary.
 
-    `is_direct`: the stand-in's memory is the host's, so that it reads the mapping by itself.
+    `is_direct`: the stand-in's memory is the host's, so that it reads the mapping by itself. `on_device`: the device to
+    compute all of the model on, instead of the one that the options name.
     """
 
     mode: CacheMode = CacheMode.CACHED
@@ -53,17 +57,7 @@ class CachePlan:
     is_direct: bool = True
     new_device: Callable[[LinkSpeed], LinkDevice] = LinkDevice
     stepped_by: Callable[[CopyEngine], bool] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Computation:
-    """What is computed with what: a store's model, the user's options, the device's full name, the host's threads."""
-
-    store: StoreView
-    config: MixtralConfig
-    settings: RunnerConfig
-    device: str
-    workspace: Workspace
+    on_device: OnDevice | None = None
 
 
 def open_model(computation: Computation, owned: ExitStack, plan: CachePlan | None = None) -> OpenedModel:
@@ -72,15 +66,26 @@ def open_model(computation: Computation, owned: ExitStack, plan: CachePlan | Non
     weights = load_dense_weights(store, workspace, computation.config, exact=settings.exact)
     if computation.device == CPU:
         experts = InPlaceExperts(store, workspace, exact=settings.exact)
-        return OpenedModel(Mixtral(computation.config, weights, experts, workspace))
-    return _on_link(computation, weights, owned, plan or CachePlan())
+        return OpenedModel(Mixtral(computation.config, weights, experts, workspace), _on_host(computation))
+    plan = plan or CachePlan()
+    if plan.on_device is not None:
+        return _on_device(computation, weights, plan.on_device, plan, owned)
+    return _on_link(computation, weights, owned, plan)
+
+
+def _on_device(
+    computation: Computation, weights: DenseWeights, on_device: OnDevice, plan: CachePlan, owned: ExitStack
+) -> OpenedModel:
+    how = HowCached(mode=plan.mode, is_guarded=plan.is_guarded, stepped_by=plan.stepped_by)
+    opened = open_on_device(computation, weights, on_device, how, owned)
+    return OpenedModel(opened.model, opened.new_kv_cache, opened.cache, opened.planned_nbytes)
 
 
 def _on_link(computation: Computation, weights: DenseWeights, owned: ExitStack, plan: CachePlan) -> OpenedModel:
     store, config, settings = computation.store, computation.config, computation.settings
     slots = plan_slots(
         slot_needs(store, config),
-        _memory_on_link(config, settings),
+        _memory_on_link(computation),
         cache_experts=settings.cache_experts,
         device_memory_nbytes=settings.device_memory,
     )
@@ -103,7 +108,13 @@ def _on_link(computation: Computation, weights: DenseWeights, owned: ExitStack, 
             n_guessed=min(settings.prefetch_experts, config.n_experts),
             depth=settings.prefetch_depth,
         )
-    return OpenedModel(Mixtral(config, weights, cache, computation.workspace, ahead), cache, slots.nbytes)
+    model = Mixtral(config, weights, cache, computation.workspace, ahead)
+    return OpenedModel(model, _on_host(computation), cache, slots.nbytes)
+
+
+def _on_host(computation: Computation) -> Callable[[int], KVCache]:
+    """Return what makes kv_caches in the host's memory."""
+    return lambda context: reserve_kv_cache(context=context, **kv_shape(computation))
 
 
 def slot_needs(store: StoreView, config: MixtralConfig, n_spares: int = N_SPARES) -> SlotNeeds:
@@ -117,12 +128,12 @@ def slot_needs(store: StoreView, config: MixtralConfig, n_spares: int = N_SPARES
     )
 
 
-def _memory_on_link(config: MixtralConfig, settings: RunnerConfig) -> FixedMemory:
+def _memory_on_link(computation: Computation) -> FixedMemory:
     """Return what is used beside the slots; dense weights lie in the shared mapping, and nothing is staged."""
-    dtype = torch.float32 if settings.exact else torch.float16
+    config, settings = computation.config, computation.settings
     return FixedMemory(
         dense_weights_nbytes=0,
-        kv_cache_nbytes=kv_cache_nbytes(config.n_layers, config.n_kv_heads, settings.context, config.head_dim, dtype),
+        kv_cache_nbytes=kv_cache_nbytes(context=settings.context, **kv_shape(computation)),
         workspace_nbytes=settings.prefill_chunk * config.hidden_size * _STEP_WIDTHS * 4,
         staging_nbytes=0,
     )

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from runner.errors import ContextFull, OutOfMemory
-from runner.kv_cache import KVCache
+from runner.kv_cache import KVCache, reserve_kv_cache
 from runner.metrics import read_memory
 from runner.sequence import Sequence
 
 
 def make_cache(context: int = 8, dtype: torch.dtype = torch.float32) -> KVCache:
-    return KVCache(n_layers=2, n_kv_heads=1, context=context, head_dim=4, dtype=dtype)
+    return reserve_kv_cache(n_layers=2, n_kv_heads=1, context=context, head_dim=4, dtype=dtype)
 
 
 def test_a_context_that_is_no_whole_number_of_blocks_has_room_for_all_its_tokens() -> None:
@@ -46,7 +46,7 @@ def test_a_sequence_longer_than_its_context_is_refused_with_the_figures() -> Non
 def test_a_long_context_costs_no_memory_before_it_is_used() -> None:
     before = read_memory().private_nbytes
 
-    cache = KVCache(n_layers=32, n_kv_heads=8, context=32768, head_dim=128, dtype=torch.float16)
+    cache = reserve_kv_cache(n_layers=32, n_kv_heads=8, context=32768, head_dim=128, dtype=torch.float16)
 
     # 4 GiB are reserved.
     assert cache.context == 32768
@@ -62,10 +62,10 @@ def test_a_context_that_the_system_does_not_give_is_refused_with_the_figures() -
     program = """if True:
         import resource, torch
         from runner.errors import OutOfMemory
-        from runner.kv_cache import KVCache
+        from runner.kv_cache import reserve_kv_cache
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
         try:
-            KVCache(n_layers=1, n_kv_heads=1, context=1 << 19, head_dim=1 << 10, dtype=torch.float32)
+            reserve_kv_cache(n_layers=1, n_kv_heads=1, context=1 << 19, head_dim=1 << 10, dtype=torch.float32)
         except OutOfMemory as error:
             print(error)
     """
