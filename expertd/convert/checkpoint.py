@@ -1,20 +1,17 @@
-"""A Hugging Face Mixtral checkpoint in a local folder, checked whole from its headers before a weight is read.
+"""A Hugging Face Mixtral checkpoint, checked whole from its headers before a weight is read.
 
-Owns the open shards. Weights come one matrix at a time by pread, from any thread: never mapped, so that a file cut
-under us is an error line and no SIGBUS. Knows no schemes, no stores and no arithmetic.
+Knows the names of its files and what must stand in them; where they come from is `CheckpointFiles`. Holds nothing
+open: weights are read one matrix at a time, by any thread. Knows no schemes, no stores and no arithmetic.
 """
 
-import os
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Protocol
 
 from expertd.convert.errors import CheckpointError, MalformedCheckpoint, WrongTensor
-from expertd.convert.json_file import parse_object, read_bounded
+from expertd.convert.json_file import parse_object
+from expertd.convert.local_folder import LocalFolder
 from expertd.convert.mixtral import (
     Matrix,
     dense_records,
@@ -22,8 +19,9 @@ from expertd.convert.mixtral import (
     is_needless,
     read_config,
 )
-from expertd.convert.safetensors_header import TensorSlot, read_header
-from expertd.convert.side_files import CONFIG_FILE, read_side_files
+from expertd.convert.safetensors_header import TensorSlot
+from expertd.convert.shard import Shard, TensorPlace, read_tensor
+from expertd.convert.side_files import CONFIG_FILE, SIDE_FILES_NBYTES_MAX
 from protocol.mixtral_config import GENERATION_CONFIG_FILE, MixtralConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -36,32 +34,41 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}\Z")
 _DTYPES = ("F32", "F16", "BF16")
 
 
-@dataclass(frozen=True, slots=True)
-class _Located:
-    """A tensor and the shard it lies in."""
+class CheckpointFiles(Protocol):
+    """The files of a checkpoint: a folder on this disk, or a repository elsewhere. Each method raises CheckpointError.
 
-    slot: TensorSlot
-    shard: BinaryIO
+    `place` is what an error line calls it; `folder` is where the shards lie as soon as they are on this disk.
+    """
+
+    @property
+    def place(self) -> str: ...  # noqa: D102  # the class says it
+
+    @property
+    def folder(self) -> Path: ...  # noqa: D102
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all files."""
+        ...
+
+    def read(self, name: str, nbytes_max: int) -> bytes:
+        """Return a file that is no longer than that."""
+        ...
+
+    def read_header(self, name: str) -> tuple[Shard, dict[str, TensorSlot]]:
+        """Return a file of weights and the tensors in it, from its header alone."""
+        ...
 
 
 class Checkpoint:
-    """An open, checked checkpoint. `read` may be called by any thread; closing ends it, when nobody reads."""
+    """A checked checkpoint. `read` may be called by any thread."""
 
     def __init__(
-        self, config: MixtralConfig, side_files: dict[str, bytes], tensors: dict[str, _Located], shards: ExitStack
+        self, config: MixtralConfig, side_files: dict[str, bytes], tensors: Mapping[str, TensorPlace], folder: Path
     ) -> None:
         self.config = config
         self.side_files = side_files
+        self.folder = folder
         self._tensors = tensors
-        self._shards = shards
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._shards.close()
 
     def dtype(self, matrix: Matrix) -> str:
         """Return the type of that matrix's weights: F32, F16 or BF16."""
@@ -71,56 +78,58 @@ class Checkpoint:
         """Return the length of that matrix in the checkpoint."""
         return self._tensors[matrix.hub_name].slot.nbytes
 
+    def place_of(self, matrix: Matrix) -> TensorPlace:
+        """Return where that matrix lies."""
+        return self._tensors[matrix.hub_name]
+
     def read(self, matrix: Matrix) -> bytearray:
         """Return the bytes of that matrix, row-major; raise CheckpointError."""
-        return _read_exactly(self._tensors[matrix.hub_name], matrix.hub_name)
+        return read_tensor(self.folder, self.place_of(matrix), matrix.hub_name)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return the checkpoint in that folder, checked from its headers; raise CheckpointError."""
-    try:
-        return _open_checked(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from None
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Return the checkpoint in that local folder, checked from its headers; raise CheckpointError."""
+    return check_checkpoint(LocalFolder(folder))
 
 
-def _open_checked(folder: Path) -> Checkpoint:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; the local folder of a Mixtral checkpoint is expected")
-    if not (folder / CONFIG_FILE).exists():
-        raise CheckpointError(f"{folder}: no {CONFIG_FILE}; the folder of a Hugging Face checkpoint is expected")
-    side_files = read_side_files(folder)
+def check_checkpoint(files: CheckpointFiles) -> Checkpoint:
+    """Return the checkpoint that those files are, checked from its headers; raise CheckpointError."""
+    names = files.names()
+    if CONFIG_FILE not in names:
+        raise CheckpointError(f"{files.place}: no {CONFIG_FILE}; the files of a Hugging Face checkpoint are expected")
+    side_files = {name: files.read(name, nbytes) for name, nbytes in SIDE_FILES_NBYTES_MAX.items() if name in names}
     config = read_config(side_files[CONFIG_FILE], side_files.get(GENERATION_CONFIG_FILE))
-    with ExitStack() as opened:
-        tensors = _locate_tensors(folder, opened)
-        _check_tensors(config, {name: located.slot for name, located in tensors.items()})
-        return Checkpoint(config, side_files, tensors, opened.pop_all())
+    tensors = _locate_tensors(files, names)
+    _check_tensors(config, {name: place.slot for name, place in tensors.items()})
+    return Checkpoint(config, side_files, tensors, files.folder)
 
 
-def _locate_tensors(folder: Path, opened: ExitStack) -> dict[str, _Located]:
+def _locate_tensors(files: CheckpointFiles, names: frozenset[str]) -> dict[str, TensorPlace]:
     """Return every tensor of every shard; the index must agree with what the shards hold."""
-    weight_map = _weight_map(folder)
+    weight_map = _weight_map(files, names)
     shards = sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]
-    tensors: dict[str, _Located] = {}
+    tensors: dict[str, TensorPlace] = {}
     for name in shards:
-        shard = opened.enter_context(_open_shard(folder / name))
-        for tensor, slot in read_header(shard, name).items():
+        if name not in names:
+            raise MalformedCheckpoint(f"{name}: the shard is missing; fetch the checkpoint again")
+        shard, slots = files.read_header(name)
+        for tensor, slot in slots.items():
             if tensor in tensors:
                 raise MalformedCheckpoint(f"{name}: {tensor!r:.200} stands in another shard too")
-            tensors[tensor] = _Located(slot, shard)
+            tensors[tensor] = TensorPlace(shard, slot)
     for tensor, name in (weight_map or {}).items():
-        if tensor not in tensors or Path(tensors[tensor].shard.name).name != name:
+        if tensor not in tensors or tensors[tensor].shard.name != name:
             raise MalformedCheckpoint(f"{name}: {tensor!r:.200} is missing, though {INDEX_FILE} lists it there")
     return tensors
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def _weight_map(files: CheckpointFiles, names: frozenset[str]) -> dict[str, str] | None:
     """Return which shard holds which tensor, None for a checkpoint of one file; raise CheckpointError if neither."""
-    if (folder / SINGLE_FILE).exists():
+    if SINGLE_FILE in names:
         return None
-    if not (folder / INDEX_FILE).exists():
-        raise CheckpointError(_without_safetensors(folder))
-    document = parse_object(read_bounded(folder / INDEX_FILE, _INDEX_NBYTES_MAX), INDEX_FILE)
+    if INDEX_FILE not in names:
+        raise CheckpointError(_without_safetensors(files.place, names))
+    document = parse_object(files.read(INDEX_FILE, _INDEX_NBYTES_MAX), INDEX_FILE)
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MalformedCheckpoint(f"{INDEX_FILE}: a weight_map of tensors and their shards is expected")
@@ -133,25 +142,14 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _without_safetensors(folder: Path) -> str:
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
+def _without_safetensors(place: str, names: Iterable[str]) -> str:
+    pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
     if pickled:
         return (
-            f"{folder}: holds pickled weights ({pickled[0]}), which can run code when they are read; save the model "
+            f"{place}: holds pickled weights ({pickled[0]:.99}), which can run code when they are read; save the model "
             "again as safetensors: transformers' from_pretrained, then save_pretrained"
         )
-    return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE}; a checkpoint in safetensors format is expected"
-
-
-def _open_shard(path: Path) -> BinaryIO:
-    if not path.exists():
-        raise MalformedCheckpoint(f"{path.name}: the shard is missing; fetch the checkpoint again")
-    if not path.is_file():
-        raise MalformedCheckpoint(f"{path.name}: a regular file is expected")
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return f"{place}: neither {SINGLE_FILE} nor {INDEX_FILE}; a checkpoint in safetensors format is expected"
 
 
 def _check_tensors(config: MixtralConfig, slots: Mapping[str, TensorSlot]) -> None:
@@ -175,21 +173,3 @@ def _check_tensor(matrix: Matrix, slot: TensorSlot | None) -> None:
         )
     if slot.dtype not in _DTYPES:
         raise WrongTensor(f"{matrix.hub_name}: type {', '.join(_DTYPES)} is expected, {slot.dtype!r:.60} came")
-
-
-def _read_exactly(located: _Located, name: str) -> bytearray:
-    """Return a tensor's bytes; raise CheckpointError if the file has become shorter or cannot be read."""
-    slot = located.slot
-    data = bytearray(slot.nbytes)
-    rest = memoryview(data)
-    offset = slot.offset
-    while rest:
-        try:
-            n_read = os.preadv(located.shard.fileno(), [rest], offset)
-        except OSError as error:
-            raise CheckpointError(f"{name}: cannot be read ({error.strerror})") from None
-        if n_read == 0:
-            raise CheckpointError(f"{name}: the file became shorter while it was read")
-        rest = rest[n_read:]
-        offset += n_read
-    return data

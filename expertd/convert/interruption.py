@@ -18,12 +18,17 @@ class Interruption:
     def __init__(self) -> None:
         self._signal_number: int | None = None
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether one came; for threads that may not end the work themselves."""
+        return self._signal_number is not None
+
     def check(self) -> None:
         """Raise KeyboardInterrupt after SIGINT, Terminated after SIGTERM."""
         if self._signal_number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._signal_number is not None:
-            raise Terminated("ended by SIGTERM before the store was complete; nothing was kept")
+            raise Terminated("ended by SIGTERM before the store was complete")
 
     def note(self, signal_number: int, frame: FrameType | None) -> None:
         """Take a signal down; a second one of the same kind finds the default handler and does not wait."""

@@ -4,7 +4,6 @@ Records are planned, and worked on, dense first: among them are the longest, and
 other workers idle. The digest of a store depends on this order.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,11 +54,6 @@ class StorePlan:
     records: tuple[PlannedRecord, ...]
     files: tuple[PlannedFile, ...]
     source_nbytes: int
-
-    @property
-    def digest(self) -> str:
-        """What tells two plans apart."""
-        return hashlib.sha256(repr(self.records).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

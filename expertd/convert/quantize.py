@@ -1,28 +1,31 @@
 """From a checkpoint to a store: check, plan, reserve, encode, commit. The converter's front door.
 
-Everything that can be refused is refused before a weight is read. The store appears at its place whole or not at all.
+Everything that can be refused is refused before a weight is read. The store appears at its place whole or not at all;
+what a run that ended early has finished stays beside it for the next one, which goes on from there.
 """
 
 import hashlib
 import os
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertd.convert.checkpoint import Checkpoint, open_checkpoint
+from expertd.convert.checkpoint import Checkpoint, read_checkpoint
 from expertd.convert.config import QuantizeConfig
-from expertd.convert.errors import ConfigError, NoDiskSpace
-from expertd.convert.interruption import interruption
-from expertd.convert.mixtral import TensorClass, model_facts
-from expertd.convert.plan import PlannedRecord, StorePlan, plan_store
-from expertd.convert.staging import check_target, disk_errors, staged
-from expertd.convert.worker_messages import Job
-from expertd.convert.worker_pool import WrittenRecord, encode_records
-from expertd.convert.writer import new_record_files, write_file
+from expertd.convert.errors import CheckpointError, ConfigError, ConvertError, EncodeFailed, NoDiskSpace
+from expertd.convert.interruption import Interruption, interruption
+from expertd.convert.journal import Journal, open_journal
+from expertd.convert.plan import StorePlan, plan_store
+from expertd.convert.staging import Staging, check_target, disk_errors, kept_nbytes, staged
+from expertd.convert.worker_messages import Job, MatrixDone, RecordDone, task_for
+from expertd.convert.worker_pool import encode_records
+from expertd.convert.writer import record_files_with_headers, write_file
+from expertd.convert.written import WrittenRecord, store_manifest, written
 from protocol.layout import R8
-from protocol.manifest import MANIFEST_FILE, Manifest, Record, SideFile, TensorSchemes, dump_manifest
+from protocol.manifest import MANIFEST_FILE, Manifest, Record, dump_manifest
+from protocol.version import LIBRARY_VERSION, STORE_FORMAT_VERSION
 
 # Of the right length, or as long as there is: what a manifest weighs is known before checksums and errors are.
 _NO_CHECKSUM = "0" * 32
@@ -38,6 +41,23 @@ class Progress:
     tensor: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A store to be made: where, of what, as what, how."""
+
+    target: Path
+    source: Checkpoint
+    plan: StorePlan
+    config: QuantizeConfig
+
+    @property
+    def made_of(self) -> str:
+        """What tells it from another one: what was finished of one is no part of another."""
+        places = [self.source.place_of(matrix) for planned in self.plan.records for matrix in planned.matrices]
+        facts = (LIBRARY_VERSION, STORE_FORMAT_VERSION, self.config, self.plan.records, places)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
 def quantize_checkpoint(
     checkpoint: Path,
     store: Path,
@@ -50,24 +70,21 @@ def quantize_checkpoint(
     """Write the store of a checkpoint with `n_jobs` worker processes; return its manifest; raise ConvertError.
 
     `on_progress` is called in the calling thread after every matrix. In the main thread SIGINT ends the work with
-    KeyboardInterrupt, SIGTERM with Terminated; then, as after any error, nothing is left.
+    KeyboardInterrupt, SIGTERM with Terminated; then, as after most errors, what is finished is kept for the next run.
     """
     if n_jobs < 1:
         raise ConfigError(f"worker processes: at least 1 is expected, {n_jobs} came")
     target = Path(os.path.realpath(store))
     check_target(target, force=force)
-    with interruption() as asked, open_checkpoint(checkpoint) as source:
+    with interruption() as asked:
+        source = read_checkpoint(checkpoint)
         plan = plan_store(source, config)
-        _check_disk_space(target, plan, source, config)
-        with staged(target, force=force) as staging:
-            job = Job(str(checkpoint.absolute()), str(staging.path), str(target), config, plan.digest)
-            with new_record_files(staging.path, target, plan.files) as files:
-                told = _ProgressReport(source, plan.source_nbytes, on_progress)
-                records = encode_records(plan, job, asked, n_jobs=n_jobs, on_written=told.add)
-                for file in plan.files:
-                    asked.check()
-                    files.sync(file.name)
-            manifest = _manifest(plan, records, source, config)
+        order = _Order(target, source, plan, config)
+        _check_disk_space(order)
+        with staged(target, force=force, made_of=order.made_of) as staging, _kept(staging):
+            records = _write_records(order, staging, asked, n_jobs, on_progress)
+            manifest = store_manifest(plan, records, source, config)
+            _clear_but_records(staging.path, plan)
             for name, data in source.side_files.items():
                 write_file(staging.path, target, name, data)
             write_file(staging.path, target, MANIFEST_FILE, dump_manifest(manifest))
@@ -76,24 +93,78 @@ def quantize_checkpoint(
     return manifest
 
 
+@contextmanager
+def _kept(staging: Staging) -> Iterator[None]:
+    """Say so where what is finished is kept; drop it where this checkpoint can never become this store."""
+    try:
+        yield
+    except (CheckpointError, EncodeFailed, ConfigError):
+        staging.keeps = False
+        raise
+    except ConvertError as error:
+        if staging.is_kept:
+            raise type(error)(f"{error}; what is finished is kept, and the same command goes on from there") from None
+        raise
+
+
+def _write_records(
+    order: _Order, staging: Staging, asked: Interruption, n_jobs: int, on_progress: Callable[[Progress], None]
+) -> dict[str, WrittenRecord]:
+    """Have all records written that are not yet; return what the manifest says of each by name."""
+    target, source, plan = order.target, order.source, order.plan
+    names = tuple(file.name for file in plan.files)
+    job = Job(str(source.folder.absolute()), str(staging.path), str(target), names, order.config)
+    with (
+        record_files_with_headers(staging.path, target, plan.files) as files,
+        open_journal(staging, plan.records, asked) as journal,
+    ):
+        todo = [number for number in range(len(plan.records)) if number not in journal.done]
+        told = _ProgressReport(order, journal, staging, on_progress)
+        tasks = (task_for(number, plan.records[number], source) for number in todo)
+        encode_records(tasks, job, asked, n_jobs=min(n_jobs, len(todo)), on_event=told.take)
+        for name in names:
+            asked.check()
+            files.sync(name)
+        return {plan.records[number].name: written(plan.records[number], done) for number, done in journal.done.items()}
+
+
 class _ProgressReport:
-    """Counts what is written and tells the caller."""
+    """Takes down what is written, in the journal and for the caller."""
 
-    def __init__(self, source: Checkpoint, total_nbytes: int, on_progress: Callable[[Progress], None]) -> None:
-        self._source = source
-        self._total_nbytes = total_nbytes
+    def __init__(
+        self, order: _Order, journal: Journal, staging: Staging, on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._source = order.source
+        self._plan = order.plan
+        self._journal = journal
+        self._staging = staging
         self._on_progress = on_progress
-        self._done_nbytes = 0
+        finished = [matrix for number in journal.done for matrix in order.plan.records[number].matrices]
+        self._done_nbytes = sum(map(order.source.nbytes, finished))
+        self._staging.keeps = bool(finished)
 
-    def add(self, record: PlannedRecord, index: int) -> None:
-        """Take down that one matrix of a record is written."""
-        matrix = record.matrices[index]
+    def take(self, event: MatrixDone | RecordDone) -> None:
+        """Take down that a matrix or a record is written."""
+        if isinstance(event, RecordDone):
+            self._journal.add(event)
+            self._staging.keeps = True
+            return
+        matrix = self._plan.records[event.record].matrices[event.matrix]
         self._done_nbytes += self._source.nbytes(matrix)
-        self._on_progress(Progress(self._done_nbytes, self._total_nbytes, matrix.hub_name))
+        self._on_progress(Progress(self._done_nbytes, self._plan.source_nbytes, matrix.hub_name))
 
 
-def _check_disk_space(target: Path, plan: StorePlan, source: Checkpoint, config: QuantizeConfig) -> None:
-    """Raise NoDiskSpace unless the store fits beside what is there: a store to be replaced stays until the end."""
+def _clear_but_records(folder: Path, plan: StorePlan) -> None:
+    """Remove what a run before may have written beside the records: its side files and its manifest."""
+    names = {file.name for file in plan.files}
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _check_disk_space(order: _Order) -> None:
+    """Raise NoDiskSpace unless what is missing fits beside what is there; a store to be replaced stays till the end."""
+    target, plan = order.target, order.plan
     records = {
         planned.name: WrittenRecord(
             Record(R8, planned.parts, planned.file, planned.offset, planned.nbytes, _NO_CHECKSUM),
@@ -101,43 +172,13 @@ def _check_disk_space(target: Path, plan: StorePlan, source: Checkpoint, config:
         )
         for planned in plan.records
     }
-    manifest_nbytes = len(dump_manifest(_manifest(plan, records, source, config)))
-    need_nbytes = sum(file.nbytes for file in plan.files) + sum(map(len, source.side_files.values())) + manifest_nbytes
+    manifest_nbytes = len(dump_manifest(store_manifest(plan, records, order.source, order.config)))
+    side_nbytes = sum(map(len, order.source.side_files.values()))
+    need_nbytes = sum(file.nbytes for file in plan.files) + side_nbytes + manifest_nbytes
     with disk_errors(target):
         free_nbytes = shutil.disk_usage(target.parent).free
+    need_nbytes -= kept_nbytes(target, order.made_of)
     if need_nbytes > free_nbytes:
         raise NoDiskSpace(
             f"{target}: the store needs {need_nbytes / 1e6:.1f} MB, {target.parent} has {free_nbytes / 1e6:.1f} MB free"
         )
-
-
-def _manifest(
-    plan: StorePlan, written: dict[str, WrittenRecord], source: Checkpoint, config: QuantizeConfig
-) -> Manifest:
-    """Return the manifest in the plan's order, whatever order the records were finished in."""
-    records = {name: entry.record for name, entry in written.items()}
-    return Manifest(
-        model=model_facts(source.config),
-        schemes=_schemes(plan, records),
-        solver=config.solver,
-        experts={planned.key: records[planned.name] for planned in plan.records if planned.key is not None},
-        dense={planned.name: records[planned.name] for planned in plan.records if planned.key is None},
-        files=tuple(
-            SideFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in source.side_files.items()
-        ),
-        weight_errors={planned.name: written[planned.name].weight_errors for planned in plan.records},
-    )
-
-
-def _schemes(plan: StorePlan, records: dict[str, Record]) -> TensorSchemes:
-    """Return the scheme that most of each class have, the first of several; a tied head is the embedding."""
-    counts: dict[TensorClass, Counter[str]] = defaultdict(Counter)
-    for planned in plan.records:
-        counts[planned.tensor_class][records[planned.name].parts[0].scheme] += 1
-    most = {tensor_class: count.most_common(1)[0][0] for tensor_class, count in counts.items()}
-    return TensorSchemes(
-        experts=most["experts"],
-        attention=most["attention"],
-        head=most.get("head", most["other"]),
-        other=most["other"],
-    )

@@ -53,7 +53,11 @@ class TensorSlot:
 
 def read_header(file: BinaryIO, name: str) -> dict[str, TensorSlot]:
     """Return every tensor's place in a safetensors file; raise MalformedCheckpoint with the file's name."""
-    file_nbytes = os.fstat(file.fileno()).st_size
+    return read_header_of(file, name, os.fstat(file.fileno()).st_size)
+
+
+def read_header_of(file: BinaryIO, name: str, file_nbytes: int) -> dict[str, TensorSlot]:
+    """Return the same for a file of which perhaps only the beginning is here."""
     header_nbytes = _read_length(file, name, file_nbytes)
     data_offset = _LENGTH_NBYTES + header_nbytes
     document = parse_object(file.read(header_nbytes), f"{name}: the safetensors header")

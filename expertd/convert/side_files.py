@@ -1,9 +1,5 @@
 """The files of a checkpoint that a store carries verbatim: configuration and tokenizer. Knows only their names."""
 
-from pathlib import Path
-
-from expertd.convert.json_file import read_bounded
-
 CONFIG_FILE = "config.json"
 
 # Each with the length beyond which it is no such file.
@@ -15,12 +11,3 @@ SIDE_FILES_NBYTES_MAX = {
     "chat_template.jinja": 1 << 20,
     "special_tokens_map.json": 1 << 20,
 }
-
-
-def read_side_files(folder: Path) -> dict[str, bytes]:
-    """Return the side files that the folder has; raise MalformedCheckpoint for one that is too long or unreadable."""
-    return {
-        name: read_bounded(folder / name, nbytes_max)
-        for name, nbytes_max in SIDE_FILES_NBYTES_MAX.items()
-        if (folder / name).exists()
-    }

@@ -1,14 +1,13 @@
 """One worker process of the converter: reads matrices, encodes them, writes them at their planned places.
 
 A process of its own because the solver is thousands of small operations: threads would spend their time waiting for
-the interpreter. It plans the same store from the same checkpoint and is told numbers of records; what it writes depends
-on those alone, as it computes with one thread. It holds one matrix and its encoding at a time, never a whole record.
-The end of its input ends it, so that none outlives the converter.
+the interpreter. A task says all about one record; what is written depends on it alone, as it is computed with one
+thread. It holds one matrix and its encoding at a time, never a whole record. The end of its input ends it, so that none
+outlives the converter.
 """
 
 import os
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +16,20 @@ import torch
 import xxhash
 from torch import Tensor
 
-from expertd.convert.checkpoint import Checkpoint, open_checkpoint
-from expertd.convert.errors import CheckpointError, ConvertError, EncodeFailed, NotFinite
-from expertd.convert.mixtral import Matrix
-from expertd.convert.plan import PlannedRecord, StorePlan, plan_store
-from expertd.convert.worker_messages import Event, Failed, Job, MatrixDone, RecordDone, dump_event, load_job
+from expertd.convert.errors import ConvertError, EncodeFailed, NotFinite
+from expertd.convert.shard import read_tensor
+from expertd.convert.worker_messages import (
+    Event,
+    Failed,
+    Job,
+    MatrixDone,
+    MatrixSource,
+    RecordDone,
+    Task,
+    dump_event,
+    load_job,
+    load_task,
+)
 from expertd.convert.writer import RecordFiles
 from protocol.errors import LayoutError
 from protocol.layout import R8, Part, record_spans
@@ -34,7 +42,7 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def main(job_text: str) -> None:
-    """Encode the records whose numbers come on standard input, until it ends or one fails."""
+    """Do the tasks that come on standard input, until it ends or one fails."""
     torch.set_num_threads(1)
     events = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not stand among the events
@@ -50,32 +58,32 @@ def main(job_text: str) -> None:
 class _Encoder:
     """What one worker reads from, writes to and speaks through."""
 
-    checkpoint: Checkpoint
+    source: Path
     files: RecordFiles
     solver: str
     events: int
 
-    def encode(self, number: int, planned: PlannedRecord) -> None:
+    def encode(self, task: Task) -> None:
         """Write one record, telling of each matrix and of the whole."""
-        spans = record_spans(R8, planned.parts)
-        bounds = [*(span.offset for span in spans), planned.nbytes]
+        spans = record_spans(R8, task.parts)
+        bounds = [*(span.offset for span in spans), task.nbytes]
         checksum = xxhash.xxh3_128()
         schemes, weight_errors = [], []
         for index, (span, (begin, end)) in enumerate(zip(spans, pairwise(bounds), strict=True)):
-            part, encoded, lost = self._encode_matrix(planned.matrices[index], span.part)
+            part, encoded, lost = self._encode_matrix(task.matrices[index], span.part)
             # The padding up to the next part, or to the record's end, belongs to what is written and checked.
             data = bytearray(end - begin)
             torch.frombuffer(data, dtype=torch.uint8)[: span.nbytes] = encoded
-            self.files.write(planned.file, planned.offset + begin, data)
+            self.files.write(task.file, task.offset + begin, data)
             checksum.update(data)
             schemes.append(part.scheme)
             weight_errors.append(lost)
-            _tell(self.events, MatrixDone(number, index))
-        _tell(self.events, RecordDone(number, tuple(schemes), tuple(weight_errors), checksum.hexdigest()))
+            _tell(self.events, MatrixDone(task.record, index))
+        _tell(self.events, RecordDone(task.record, tuple(schemes), tuple(weight_errors), checksum.hexdigest()))
 
-    def _encode_matrix(self, matrix: Matrix, planned: Part) -> tuple[Part, Tensor, float]:
+    def _encode_matrix(self, matrix: MatrixSource, planned: Part) -> tuple[Part, Tensor, float]:
         """Return the part with the scheme that its weights allow, its bytes, u8 [part_nbytes], and what they lost."""
-        weight = _read(self.checkpoint, matrix)  # [rows, cols]
+        weight = _read(self.source, matrix, planned)  # [rows, cols]
         part = _fitting_part(weight, planned)
         try:
             encoded = encode_part(weight, part, solver=self.solver)
@@ -85,28 +93,19 @@ class _Encoder:
 
 
 def _run(job: Job, events: int) -> None:
-    with ExitStack() as opened:
-        checkpoint = opened.enter_context(open_checkpoint(Path(job.checkpoint)))
-        plan = _same_plan(checkpoint, job)
-        files = opened.enter_context(RecordFiles(Path(job.folder), Path(job.target), plan.files))
-        encoder = _Encoder(checkpoint, files, job.config.solver, events)
+    with RecordFiles(Path(job.folder), Path(job.target), job.files) as files:
+        encoder = _Encoder(Path(job.source), files, job.config.solver, events)
         for line in sys.stdin:
-            encoder.encode(int(line), plan.records[int(line)])
+            encoder.encode(load_task(line))
 
 
-def _same_plan(checkpoint: Checkpoint, job: Job) -> StorePlan:
-    plan = plan_store(checkpoint, job.config)
-    if plan.digest != job.plan_digest:
-        raise CheckpointError(f"{job.checkpoint}: the checkpoint changed while it was read")
-    return plan
-
-
-def _read(checkpoint: Checkpoint, matrix: Matrix) -> Tensor:
+def _read(folder: Path, matrix: MatrixSource, part: Part) -> Tensor:
     """Return one matrix as [rows, cols] in the checkpoint's type; raise CheckpointError or NotFinite."""
-    weight = torch.frombuffer(checkpoint.read(matrix), dtype=_DTYPES[checkpoint.dtype(matrix)])
+    data = read_tensor(folder, matrix.place, matrix.hub_name)
+    weight = torch.frombuffer(data, dtype=_DTYPES[matrix.place.slot.dtype])
     if not bool(weight.isfinite().all()):
         raise NotFinite(f"{matrix.hub_name}: holds weights that are NaN or infinite; the checkpoint is damaged")
-    return weight.reshape(matrix.rows, matrix.cols)
+    return weight.reshape(part.rows, part.cols)
 
 
 def _fitting_part(weight: Tensor, planned: Part) -> Part:

@@ -1,6 +1,6 @@
 """What the converter and its worker processes say to each other: JSON, one message a line, over a socket pair.
 
-converter → worker   a Job in the command line, then the number of a planned record a line; the end of input ends it
+converter → worker   a Job in the command line, then a Task a line; the end of input ends it
 worker → converter   MatrixDone for each matrix, RecordDone for each record; Failed, and the worker ends
 
 Both sides are this program: messages are trusted.
@@ -8,21 +8,50 @@ Both sides are this program: messages are trusted.
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from expertd.convert import errors
+from expertd.convert.checkpoint import Checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import ConvertError
+from expertd.convert.plan import PlannedRecord
+from expertd.convert.safetensors_header import TensorSlot
+from expertd.convert.shard import Shard, TensorPlace
+from protocol.layout import Part
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker must know to plan the same store; `plan_digest` tells it whether it has."""
+    """What holds for all of a worker's tasks: where the shards lie, where the record files, and how to encode.
 
-    checkpoint: str
+    `target` is where the store will stand, for error lines; `files` are the names of the record files.
+    """
+
+    source: str
     folder: str
     target: str
+    files: tuple[str, ...]
     config: QuantizeConfig
-    plan_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixSource:
+    """A matrix as the checkpoint has it: its name there, and where it lies."""
+
+    hub_name: str
+    place: TensorPlace
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One record to write: its number in the plan, its place in the store, its parts and what each is made of."""
+
+    record: int
+    file: str
+    offset: int
+    nbytes: int
+    parts: tuple[Part, ...]
+    matrices: tuple[MatrixSource, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +88,12 @@ class Failed:
 Event = MatrixDone | RecordDone | Failed
 
 
+def task_for(number: int, planned: PlannedRecord, checkpoint: Checkpoint) -> Task:
+    """Return the task of writing the plan's record of that number."""
+    matrices = tuple(MatrixSource(matrix.hub_name, checkpoint.place_of(matrix)) for matrix in planned.matrices)
+    return Task(number, planned.file, planned.offset, planned.nbytes, planned.parts, matrices)
+
+
 def dump_job(job: Job) -> str:
     """Return the job as JSON."""
     return json.dumps(asdict(job))
@@ -67,7 +102,20 @@ def dump_job(job: Job) -> str:
 def load_job(text: str) -> Job:
     """Return the job in that JSON."""
     document = json.loads(text)
-    return Job(**document | {"config": QuantizeConfig(**document["config"])})
+    return Job(**document | {"files": tuple(document["files"]), "config": QuantizeConfig(**document["config"])})
+
+
+def dump_task(task: Task) -> bytes:
+    """Return the task as a line."""
+    return json.dumps(asdict(task)).encode() + b"\n"
+
+
+def load_task(line: str) -> Task:
+    """Return the task in that line."""
+    document = json.loads(line)
+    parts = tuple(Part(**part) for part in document["parts"])
+    matrices = tuple(MatrixSource(item["hub_name"], _load_place(item["place"])) for item in document["matrices"])
+    return Task(**document | {"parts": parts, "matrices": matrices})
 
 
 def dump_event(event: Event) -> bytes:
@@ -86,3 +134,8 @@ def load_event(line: bytes) -> Event:
             return Failed(kind, detail)
         case other:
             raise ValueError(f"no event of a worker: {other!r:.80}")
+
+
+def _load_place(document: dict[str, dict[str, Any]]) -> TensorPlace:
+    slot = document["slot"]
+    return TensorPlace(Shard(**document["shard"]), TensorSlot(**slot | {"shape": tuple(slot["shape"])}))

@@ -1,7 +1,7 @@
 """The converter's worker processes: starts them, hands them records, hears of their progress, ends them.
 
 One thread, the caller's, talks to all of them and waits only in a select, a fraction of a second at a time, so that a
-signal is seen soon. Knows neither tensors nor torch. A worker has one record at a time; whoever is done gets the next.
+signal is seen soon. Knows neither tensors nor torch. A worker has one task at a time; whoever is done gets the next.
 """
 
 import json
@@ -9,16 +9,22 @@ import selectors
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 
 from expertd.convert.errors import WorkerDied
 from expertd.convert.interruption import Interruption
-from expertd.convert.plan import PlannedRecord, StorePlan
-from expertd.convert.worker_messages import Event, Failed, Job, MatrixDone, RecordDone, dump_job, load_event
-from protocol.layout import R8
-from protocol.manifest import Record
+from expertd.convert.worker_messages import (
+    Event,
+    Failed,
+    Job,
+    MatrixDone,
+    RecordDone,
+    Task,
+    dump_job,
+    dump_task,
+    load_event,
+)
 
 # A worker finds the packages where we found them, however we were started.
 # With -P: nothing of the folder that the user happens to stand in is imported.
@@ -30,14 +36,6 @@ main(sys.argv[2])
 """
 _SIGNAL_CHECK_S = 0.2
 _RECEIVE_NBYTES = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenRecord:
-    """What the manifest says of a record that is written: its entry, and ||w - ŵ|| / ||w|| of each of its parts."""
-
-    record: Record
-    weight_errors: tuple[float, ...]
 
 
 class _Worker:
@@ -54,10 +52,10 @@ class _Worker:
         running.callback(self._process.kill)
         self._unread = b""  # the beginning of a line that has not come whole
 
-    def give(self, record: int) -> None:
-        """Hand it a record. Whether it is still there is seen when it is heard."""
+    def give(self, task: Task) -> None:
+        """Hand it a task. Whether it is still there is seen when it is heard."""
         with suppress(ConnectionError):
-            self.socket.sendall(b"%d\n" % record)
+            self.socket.sendall(dump_task(task))
 
     def events(self) -> list[Event]:
         """Return what it said; block until it says something; raise WorkerDied if it never will."""
@@ -72,32 +70,27 @@ class _Worker:
 
 
 def encode_records(
-    plan: StorePlan, job: Job, asked: Interruption, *, n_jobs: int, on_written: Callable[[PlannedRecord, int], None]
-) -> dict[str, WrittenRecord]:
-    """Have all records of the plan written; return what the manifest says of each by name; raise ConvertError.
-
-    `on_written` is called with a record and the index of its matrix that was written.
-    """
-    todo = iter(range(len(plan.records)))
-    records: dict[str, WrittenRecord] = {}
-    with _started(job, min(n_jobs, len(plan.records))) as (workers, selector):
-        for worker in workers:
-            _give_next(worker, todo)
-        while len(records) < len(plan.records):
+    tasks: Iterable[Task],
+    job: Job,
+    asked: Interruption,
+    *,
+    n_jobs: int,
+    on_event: Callable[[MatrixDone | RecordDone], None],
+) -> None:
+    """Have those tasks done in whatever order, telling `on_event` of each matrix and record; raise ConvertError."""
+    todo = iter(tasks)
+    with _started(job, n_jobs) as (workers, selector):
+        n_busy = sum(_give_next(worker, todo) for worker in workers)
+        while n_busy:
             asked.check()
             for key, _ in selector.select(_SIGNAL_CHECK_S):
                 worker = key.data
                 for event in worker.events():
-                    match event:
-                        case MatrixDone(record, matrix):
-                            on_written(plan.records[record], matrix)
-                        case RecordDone(record):
-                            planned = plan.records[record]
-                            records[planned.name] = _written_record(planned, event)
-                            _give_next(worker, todo)
-                        case Failed():
-                            raise event.error()
-    return records
+                    if isinstance(event, Failed):
+                        raise event.error()
+                    on_event(event)
+                    if isinstance(event, RecordDone):
+                        n_busy += _give_next(worker, todo) - 1
 
 
 @contextmanager
@@ -111,16 +104,13 @@ def _started(job: Job, n_jobs: int) -> Iterator[tuple[list[_Worker], selectors.B
         yield workers, selector
 
 
-def _give_next(worker: _Worker, todo: Iterator[int]) -> None:
-    record = next(todo, None)
-    if record is not None:
-        worker.give(record)
-
-
-def _written_record(planned: PlannedRecord, done: RecordDone) -> WrittenRecord:
-    parts = tuple(replace(part, scheme=scheme) for part, scheme in zip(planned.parts, done.schemes, strict=True))
-    record = Record(R8, parts, planned.file, planned.offset, planned.nbytes, done.xxh3_128)
-    return WrittenRecord(record, done.weight_errors)
+def _give_next(worker: _Worker, todo: Iterator[Task]) -> bool:
+    """Return whether there was something left to give."""
+    task = next(todo, None)
+    if task is None:
+        return False
+    worker.give(task)
+    return True
 
 
 def _story(returncode: int) -> str:

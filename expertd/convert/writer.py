@@ -5,7 +5,7 @@ time, as no two records share a byte. Knows no tensors: a record comes as bytes.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,14 @@ from expertd.convert.staging import disk_errors, sync_directory
 class RecordFiles:
     """The record files of one store, open for writing. `target` is where the store will stand, for error lines only."""
 
-    def __init__(self, folder: Path, target: Path, files: tuple[PlannedFile, ...], *, flags: int = 0) -> None:
+    def __init__(self, folder: Path, target: Path, names: Iterable[str], *, flags: int = 0) -> None:
         self._target = target
         self._fds: dict[str, int] = {}
         with ExitStack() as opened, disk_errors(target):
-            for file in files:
-                fd = os.open(folder / file.name, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666)
+            for name in names:
+                fd = os.open(folder / name, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666)
                 opened.callback(os.close, fd)
-                self._fds[file.name] = fd
+                self._fds[name] = fd
             self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
@@ -48,18 +48,18 @@ class RecordFiles:
 
 
 @contextmanager
-def new_record_files(folder: Path, target: Path, files: tuple[PlannedFile, ...]) -> Iterator[RecordFiles]:
-    """Yield the files, new and with their headers; raise NoDiskSpace or WriteFailed."""
-    with RecordFiles(folder, target, files, flags=os.O_CREAT | os.O_EXCL) as record_files:
+def record_files_with_headers(folder: Path, target: Path, files: tuple[PlannedFile, ...]) -> Iterator[RecordFiles]:
+    """Yield the files with their headers, made unless a run before made them; raise NoDiskSpace or WriteFailed."""
+    with RecordFiles(folder, target, [file.name for file in files], flags=os.O_CREAT) as record_files:
         for file in files:
             record_files.write(file.name, 0, file.header)
         yield record_files
 
 
 def write_file(folder: Path, target: Path, name: str, data: bytes) -> None:
-    """Write a whole new file durably; raise NoDiskSpace or WriteFailed."""
+    """Write a whole file durably; raise NoDiskSpace or WriteFailed."""
     with disk_errors(target):
-        with (folder / name).open("xb") as file:
+        with (folder / name).open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from expertd.convert.checkpoint import open_checkpoint
+from expertd.convert.checkpoint import read_checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.quantize import Progress, quantize_checkpoint
 from protocol.layout import record_spans
@@ -314,8 +314,8 @@ def test_a_checkpoint_as_transformers_saves_it_is_read(tmp_path: Path, shard_siz
         )
         MixtralForCausalLM(config).save_pretrained(tmp_path, max_shard_size=shard_size)
 
-    with open_checkpoint(tmp_path) as checkpoint:
-        sizes = checkpoint.config
+    checkpoint = read_checkpoint(tmp_path)
+    sizes = checkpoint.config
 
     assert (sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size) == (64, 128, 96)
     assert (sizes.n_layers, sizes.n_heads, sizes.n_kv_heads, sizes.head_dim) == (2, 4, 2, 16)

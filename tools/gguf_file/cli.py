@@ -74,11 +74,12 @@ def checkpoint(checkpoint: Path, out: Path, *, experts_type: str) -> None:
     _check_gguf()
     from gguf import GGMLQuantizationType
 
-    from expertd.convert.checkpoint import open_checkpoint
+    from expertd.convert.checkpoint import read_checkpoint
     from tools.gguf_file.checkpoint import CheckpointSource, checkpoint_types
     from tools.gguf_file.model import tensors
 
-    with _errors_told(), open_checkpoint(checkpoint) as opened:
+    with _errors_told():
+        opened = read_checkpoint(checkpoint)
         source = CheckpointSource(opened)
         listed = tensors(source.geometry, checkpoint_types(GGMLQuantizationType[experts_type]))
         _write(out, listed, source.add_keys, source.tensor)

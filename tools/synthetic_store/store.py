@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from expertd.convert.mixtral import Matrix, model_facts, read_config
 from expertd.convert.plan import PlannedRecord, StorePlan, plan_store
 from expertd.convert.side_files import CONFIG_FILE
 from expertd.convert.staging import check_target, disk_errors, staged
-from expertd.convert.writer import RecordFiles, new_record_files, write_file
+from expertd.convert.writer import RecordFiles, record_files_with_headers, write_file
 from protocol.layout import R8
 from protocol.manifest import MANIFEST_FILE, Manifest, Record, SideFile, TensorSchemes, dump_manifest
 from tools.geometry import Geometry
@@ -44,7 +43,7 @@ class SyntheticCheckpoint(Checkpoint):
     def __init__(self, geometry: Geometry) -> None:
         """Take the sizes; raise MalformedCheckpoint for those that make no Mixtral."""
         config_file = json.dumps(geometry.config_document(), indent=2).encode()
-        super().__init__(read_config(config_file), {CONFIG_FILE: config_file}, {}, ExitStack())
+        super().__init__(read_config(config_file), {CONFIG_FILE: config_file}, {}, Path())
 
     def dtype(self, matrix: Matrix) -> str:  # noqa: ARG002  # all are of one type
         """Return BF16."""
@@ -92,7 +91,7 @@ def write_synthetic_store(
     check_target(target, force=force)
     _check_disk_space(target, plan)
     with interruption() as asked, staged(target, force=force) as staging:
-        with new_record_files(staging.path, target, plan.store.files) as files:
+        with record_files_with_headers(staging.path, target, plan.store.files) as files:
             records: dict[str, Record] = {}
             for number, planned in enumerate(plan.store.records):
                 asked.check()

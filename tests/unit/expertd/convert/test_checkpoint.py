@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from expertd.convert.checkpoint import open_checkpoint
+from expertd.convert.checkpoint import read_checkpoint
 from expertd.convert.errors import CheckpointError, ConvertError, MalformedCheckpoint, NotAMixtral, WrongTensor
 from expertd.convert.mixtral import Matrix
 from tests.support.checkpoints import write_checkpoint, write_weights
@@ -21,8 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refusal_of(folder: Path, kind: type[ConvertError]) -> str:
-    with pytest.raises(kind) as refusal, open_checkpoint(folder):
-        pass
+    with pytest.raises(kind) as refusal:
+        read_checkpoint(folder)
     assert type(refusal.value) is kind
     line = str(refusal.value)
     assert "\n" not in line
@@ -59,48 +59,49 @@ def test_a_matrix_is_read_bit_for_bit(tmp_path: Path, dtype: str, n_shards: int)
     matrix = Matrix(FIRST_EXPERT, (128, 64), "w1")
     tensors = {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
 
-    with open_checkpoint(folder) as checkpoint:
-        data = checkpoint.read(matrix)
-        word = checkpoint.dtype(matrix)
+    checkpoint = read_checkpoint(folder)
+    data = checkpoint.read(matrix)
+    word = checkpoint.dtype(matrix)
 
     assert word == dtype.upper()
     assert torch.equal(torch.frombuffer(data, dtype=tensors[FIRST_EXPERT].dtype), tensors[FIRST_EXPERT].flatten())
 
 
-def test_closing_a_checkpoint_closes_its_shards(tmp_path: Path) -> None:
+def test_a_checkpoint_holds_no_file_open(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", n_shards=3)
     before = open_fds()
 
-    with open_checkpoint(folder):
-        during = open_fds()
-
-    assert len(during) == len(before) + 3
-    assert open_fds() == before
-
-
-def test_a_refused_checkpoint_leaves_no_shard_open(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "c", n_shards=3)
-    edit_config(folder, vocab_size=97)
-    before = open_fds()
-
-    refusal_of(folder, WrongTensor)
+    checkpoint = read_checkpoint(folder)
+    checkpoint.read(Matrix(FIRST_EXPERT, (128, 64), "w1"))
 
     assert open_fds() == before
+
+
+def test_a_shard_that_is_replaced_after_its_header_was_read_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    checkpoint = read_checkpoint(folder)
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(0, 0))
+
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.read(Matrix(FIRST_EXPERT, (128, 64), "w1"))
+
+    assert str(refusal.value) == f"{path}: the checkpoint changed while it was read"
 
 
 def test_head_dim_may_be_null_or_absent(folder: Path) -> None:
     edit_config(folder, head_dim="absent")
 
-    with open_checkpoint(folder) as checkpoint:
-        assert checkpoint.config.head_dim == 16
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.config.head_dim == 16
 
 
 def test_kv_heads_of_null_are_as_many_as_the_heads(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", n_kv_heads=4)
     edit_config(folder, num_key_value_heads=None)
 
-    with open_checkpoint(folder) as checkpoint:
-        assert checkpoint.config.n_kv_heads == 4
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.config.n_kv_heads == 4
 
 
 def test_a_damaged_generation_config_is_refused_before_any_work(folder: Path) -> None:
@@ -112,8 +113,8 @@ def test_a_damaged_generation_config_is_refused_before_any_work(folder: Path) ->
 def test_head_dim_need_not_be_hidden_over_heads(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c", head_dim=32, n_kv_heads=1)
 
-    with open_checkpoint(folder) as checkpoint:
-        assert checkpoint.config.head_dim == 32
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.config.head_dim == 32
 
 
 def test_rotary_frequencies_and_a_second_copy_of_tied_embeddings_are_left_out(tmp_path: Path) -> None:
@@ -121,8 +122,8 @@ def test_rotary_frequencies_and_a_second_copy_of_tied_embeddings_are_left_out(tm
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     edit_weights(folder, lambda tensors: tensors.update(frequencies | {"lm_head.weight": torch.ones(96, 64)}))
 
-    with open_checkpoint(folder) as checkpoint:
-        assert checkpoint.config.is_tied
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.config.is_tied
 
 
 @pytest.mark.parametrize(
@@ -253,10 +254,10 @@ def test_a_truncated_file_is_refused_by_name(folder: Path) -> None:
 def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_no_signal(folder: Path) -> None:
     path = folder / "model.safetensors"
 
-    with open_checkpoint(folder) as checkpoint:
-        os.truncate(path, 100)
-        with pytest.raises(CheckpointError) as refusal:
-            checkpoint.read(Matrix(FIRST_EXPERT, (128, 64), "w1"))
+    checkpoint = read_checkpoint(folder)
+    os.truncate(path, 100)
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.read(Matrix(FIRST_EXPERT, (128, 64), "w1"))
 
     assert str(refusal.value) == f"{FIRST_EXPERT}: the file became shorter while it was read"
 
@@ -342,7 +343,7 @@ def test_a_folder_without_configuration_is_refused(folder: Path) -> None:
 
     line = refusal_of(folder, CheckpointError)
 
-    assert line == f"{folder}: no config.json; the folder of a Hugging Face checkpoint is expected"
+    assert line == f"{folder}: no config.json; the files of a Hugging Face checkpoint are expected"
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

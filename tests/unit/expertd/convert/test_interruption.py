@@ -36,7 +36,7 @@ def test_sigterm_is_an_error_with_its_line() -> None:
         with pytest.raises(Terminated) as ended:
             asked.check()
 
-    assert str(ended.value) == "ended by SIGTERM before the store was complete; nothing was kept"
+    assert str(ended.value) == "ended by SIGTERM before the store was complete"
 
 
 def test_the_handlers_of_before_are_back_afterwards() -> None:

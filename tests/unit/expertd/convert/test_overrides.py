@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.convert.checkpoint import open_checkpoint
+from expertd.convert.checkpoint import read_checkpoint
 from expertd.convert.config import QuantizeConfig, load_config
 from expertd.convert.errors import ConfigError, GroupsDoNotDivide
 from expertd.convert.overrides import OVERRIDES_MAX, Override
@@ -23,8 +23,8 @@ def loaded(folder: Path, text: str) -> QuantizeConfig:
 
 def schemes_of(folder: Path, config: QuantizeConfig) -> dict[ExpertKey, str]:
     checkpoint = write_checkpoint(folder / "checkpoint", **SHAPE)  # type: ignore[arg-type]
-    with open_checkpoint(checkpoint) as source:
-        return {record.key: record.parts[0].scheme for record in plan_store(source, config).records if record.key}
+    source = read_checkpoint(checkpoint)
+    return {record.key: record.parts[0].scheme for record in plan_store(source, config).records if record.key}
 
 
 def test_layers_get_a_scheme_of_their_own(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_sixteen_bits_are_the_checkpoints_own_type(tmp_path: Path) -> None:
 
 
 def test_a_worker_is_told_of_them() -> None:
-    job = Job("c", "f", "t", QuantizeConfig(override=(Override(4, layers="0-3"), Override(2, experts="1"))), "d")
+    job = Job("c", "f", "t", ("d",), QuantizeConfig(override=(Override(4, layers="0-3"), Override(2, experts="1"))))
 
     told = load_job(dump_job(job))
 
@@ -125,7 +125,8 @@ def test_there_is_a_limit_to_how_many_there_are() -> None:
 def test_an_override_that_needs_16_bits_says_so_itself(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", intermediate=96, **SHAPE)  # type: ignore[arg-type]
 
-    with open_checkpoint(checkpoint) as source, pytest.raises(GroupsDoNotDivide) as refusal:
+    source = read_checkpoint(checkpoint)
+    with pytest.raises(GroupsDoNotDivide) as refusal:
         plan_store(source, QuantizeConfig(experts="16bit", override=(Override(4, layers="2"),)))
 
     assert str(refusal.value).endswith("store it in 16 bits: nbits = 16 in the override for layers.2.experts.0")

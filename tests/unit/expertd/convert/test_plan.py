@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.convert.checkpoint import open_checkpoint
+from expertd.convert.checkpoint import read_checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import GroupsDoNotDivide
 from expertd.convert.plan import PlannedRecord, plan_store
@@ -14,8 +14,8 @@ DENSE_NAMES_OF_A_LAYER = ["input_norm", "q_proj", "k_proj", "v_proj", "o_proj", 
 
 
 def records_of(folder: Path, config: QuantizeConfig | None = None) -> dict[str, PlannedRecord]:
-    with open_checkpoint(folder) as checkpoint:
-        return {record.name: record for record in plan_store(checkpoint, config or QuantizeConfig()).records}
+    checkpoint = read_checkpoint(folder)
+    return {record.name: record for record in plan_store(checkpoint, config or QuantizeConfig()).records}
 
 
 def test_dense_records_come_in_the_order_of_the_computation_and_experts_after_them(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_every_class_has_its_scheme_and_what_has_none_stays_in_16_bits(tmp_path:
 def test_records_fill_their_file_without_holes_and_start_pages(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "c")
 
-    with open_checkpoint(folder) as checkpoint:
-        plan = plan_store(checkpoint, QuantizeConfig())
+    checkpoint = read_checkpoint(folder)
+    plan = plan_store(checkpoint, QuantizeConfig())
 
     for file in plan.files:
         end = len(file.header)
@@ -91,8 +91,8 @@ def test_a_file_of_experts_ends_before_it_would_pass_its_limit(tmp_path: Path) -
     folder = write_checkpoint(tmp_path / "c", n_layers=1, n_experts=5)
     nbytes = records_of(folder)["layers.0.experts.0"].nbytes
 
-    with open_checkpoint(folder) as checkpoint:
-        plan = plan_store(checkpoint, QuantizeConfig(), file_nbytes_max=2 * nbytes)
+    checkpoint = read_checkpoint(folder)
+    plan = plan_store(checkpoint, QuantizeConfig(), file_nbytes_max=2 * nbytes)
 
     assert {record.name: record.file for record in plan.records if record.key is not None} == {
         "layers.0.experts.0": "experts-00001.safetensors",

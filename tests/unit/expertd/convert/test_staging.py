@@ -248,9 +248,9 @@ def test_a_directory_that_may_not_be_written_is_refused() -> None:
         (
             errno.ENOSPC,
             NoDiskSpace,
-            "STORE: the file system became full (No space left on device); nothing was kept",
+            "STORE: the file system became full (No space left on device)",
         ),
-        (errno.EDQUOT, NoDiskSpace, "STORE: the file system became full (Disk quota exceeded); nothing was kept"),
+        (errno.EDQUOT, NoDiskSpace, "STORE: the file system became full (Disk quota exceeded)"),
         (errno.EIO, WriteFailed, "STORE: cannot be written (Input/output error)"),
     ],
 )
@@ -259,3 +259,64 @@ def test_an_error_of_the_file_system_is_one_line(number: int, kind: type[Convert
         raise OSError(number, os.strerror(number))
 
     assert str(refusal.value) == expected
+
+
+def test_what_was_kept_is_found_by_a_run_that_makes_the_same(target: Path) -> None:
+    with staged(target, force=False, made_of="a") as first:
+        (first.path / "dense.safetensors").write_text("half")
+        first.keeps = True
+    with staged(target, force=False, made_of="a") as second:
+        found = second.is_resumed, content_of(second.path)
+        second.commit(force=False)
+
+    assert found == (True, "half")
+    assert names_in(target.parent) == ["STORE"]
+
+
+@pytest.mark.parametrize("made_of", ["b", None])
+def test_what_was_kept_is_cleared_away_by_a_run_that_makes_something_else(target: Path, made_of: str | None) -> None:
+    with staged(target, force=False, made_of="a") as first:
+        first.keeps = True
+
+    with staged(target, force=False, made_of=made_of) as second:
+        present = first.folder.exists()
+
+    assert not second.is_resumed
+    assert not present
+
+
+def test_what_a_run_that_nobody_can_go_on_with_left_is_cleared_away(target: Path) -> None:
+    with staged(target, force=False) as first:
+        first.keeps = True
+
+    with staged(target, force=False) as second:
+        present = first.folder.exists()
+
+    assert not second.is_resumed
+    assert not present
+
+
+def test_of_two_that_made_the_same_one_is_gone_on_with(target: Path) -> None:
+    with (
+        staged(target, force=False, made_of="a") as first,
+        staged(target, force=False, made_of="a") as second,
+    ):
+        are_apart = first.folder != second.folder
+        first.keeps = second.keeps = True
+
+    with staged(target, force=False, made_of="a") as third:
+        is_resumed, names = third.is_resumed, names_in(target.parent)
+
+    assert are_apart
+    assert is_resumed
+    assert names == [third.folder.name]
+
+
+def test_a_folder_that_was_killed_before_it_said_what_it_is_made_of_is_cleared_away(target: Path) -> None:
+    (target.parent / ".STORE.partial-0123abcd" / "store").mkdir(parents=True)
+
+    with staged(target, force=False, made_of="") as staging:
+        names = names_in(target.parent)
+
+    assert names == [staging.folder.name]
+    assert not staging.is_resumed
