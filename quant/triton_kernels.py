@@ -6,7 +6,6 @@ is used: that takes seconds. Nobody but `open_products` blocks, for as long as c
 the kernels in Triton's cache.
 """
 
-import importlib.util
 import logging
 import shutil
 import subprocess
@@ -26,8 +25,8 @@ _log = logging.getLogger(__name__)
 _CAPABILITY_MIN = (7, 5)
 _CAPABILITY_OF_BF16 = (8, 0)
 
-# What compiling and loading raise: Triton's own errors are exceptions of no common kind, but for these.
-_COMPILING_FAILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
+# What compiling, linking and loading raise besides Triton's own errors; it asserts that it finds the CUDA driver.
+_COMPILING_FAILED = (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError)
 
 
 class Products(Protocol):
@@ -63,25 +62,36 @@ def open_products(
     `schemes` are those of parts to be multiplied with; `experts` the (gate, up, down) schemes of experts.
     """
     reason = why_no_kernels(device, dtype)
-    if reason is None:
-        from quant.triton_experts import TritonProducts
-
-        try:
-            products = TritonProducts(device, dtype)
-            products.warm_up(schemes, experts)
-        except _COMPILING_FAILED as error:
-            reason = f"compiling failed: {error}"
-        else:
-            return products
-    _log.warning("experts are computed by torch, several times slower than by kernels: %s", reason)
+    products = compiled(device, dtype, schemes, experts) if reason is None else reason
+    if not isinstance(products, str):
+        return products
+    _log.warning("experts are computed by torch, several times slower than by kernels: %s", products)
     return TorchProducts(device, dtype)
+
+
+def compiled(
+    device: torch.device, dtype: torch.dtype, schemes: Iterable[str], experts: Iterable[tuple[str, str, str]]
+) -> Products | str:
+    """Return the kernels' products, compiled for these schemes, or why that failed."""
+    from triton.errors import TritonError
+
+    from quant.triton_experts import TritonProducts
+
+    products = TritonProducts(device, dtype)
+    try:
+        products.warm_up(schemes, experts)
+    except torch.OutOfMemoryError:
+        raise  # no fault of the compiler's, and torch needs more
+    except (TritonError, *_COMPILING_FAILED) as error:
+        return f"compiling failed: {error or type(error).__name__}"
+    return products
 
 
 def why_no_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return what keeps kernels from being used, and what to do about it; None if nothing does."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"kernels are for CUDA devices, this is {'a ROCm device' if device.type == 'cuda' else device.type}"
-    return why_not_on(torch.cuda.get_device_capability(device), dtype) or _why_not_importable() or why_not_compilable()
+    return why_not_on(torch.cuda.get_device_capability(device), dtype) or why_not_importable() or why_not_compilable()
 
 
 def why_not_on(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
@@ -109,11 +119,14 @@ def why_not_compilable() -> str | None:
     return None
 
 
-def _why_not_importable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'expertd[cuda]'"
+def why_not_importable() -> str | None:
+    """Return what keeps Triton from being imported; None if nothing does."""
     try:
-        import triton  # noqa: F401  # a broken installation shows only now
+        import triton  # noqa: F401  # only whether it can be is asked; a broken installation shows no earlier
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "Triton is not installed: pip install 'expertd[cuda]'"
+        return f"Triton cannot be imported: {error}"
     except (ImportError, OSError, RuntimeError) as error:
         return f"Triton cannot be imported: {error}"
     return None
