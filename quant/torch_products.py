@@ -39,15 +39,16 @@ class TorchProducts:
         self._multiply(x, expert.gate, gate)
         self._multiply(x, expert.up, up)
         # Rounded as kernels round it, so that one device's two ways differ by no more than the order of additions.
-        inner = (silu(gate) * up).to(self.dtype)  # [T, I]
+        inner = silu(gate).mul_(up).to(self.dtype)  # [T, I]
         self.multiply(inner, expert.down, out)
 
     def workspace_nbytes(self, n_tokens: int, expert: DeviceExpert) -> int:
         """Return the most memory that a product of that expert takes besides what it is given."""
         part = expert.gate.part
         strip = max(_strip_rows(part.cols) * part.cols, _strip_rows(part.rows) * part.rows)
-        # A strip in float32, and what unpacking it takes: codes as int32 words twice, as bytes and as float32.
-        return strip * 16 + n_tokens * (part.cols * 4 + part.rows * 14)
+        # A strip in float32, and what unpacking it takes: codes as int32 words twice, as bytes and as float32. Then, of
+        # all tokens: x and the last product, gate and up, inner in 16 bits and in float32.
+        return strip * 16 + n_tokens * (part.cols * 8 + part.rows * 14)
 
     def _multiply(self, x: Tensor, part: DevicePart, out: Tensor) -> None:
         strip_rows = _strip_rows(part.part.cols)

@@ -30,6 +30,9 @@ ROWS, COLS = 1021, 1088
 HIDDEN, INTERMEDIATE = 512, 1792
 N_REPEATS = 100
 
+# The kernels' own, taken when they are opened.
+SCRATCH_NBYTES = 32 << 20
+
 # Rounding in float32, of sums that are at most as large as their terms' magnitudes; of weights, to 16 bits.
 SUMS = 8 * 2.0**-24
 WEIGHTS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -161,6 +164,25 @@ def test_a_record_behind_4_gib_is_computed_as_anywhere(n_tokens: int) -> None:
     there = output_of(products, DeviceExpert(far, spans), x)
 
     assert torch.equal(there, output_of(products, expert, x))
+
+
+@pytest.mark.parametrize("n_tokens", [1, 8, 9, 128])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_more_memory_is_taken_than_is_said(scheme: str, n_tokens: int) -> None:
+    kernels, by_torch = products_of(torch.float16), TorchProducts(DEVICE, torch.float16)
+    expert, x = expert_of(scheme), tokens(n_tokens, HIDDEN, torch.float16)
+    out = torch.empty(n_tokens, HIDDEN, device=DEVICE)
+
+    for products, taken_before in ((kernels, SCRATCH_NBYTES), (by_torch, 0)):
+        products.expert(x, expert, out)  # cuBLAS takes its workspace with its first product
+        nbytes_before = torch.cuda.memory_allocated(DEVICE)
+        torch.cuda.reset_peak_memory_stats(DEVICE)
+
+        products.expert(x, expert, out)
+
+        taken = torch.cuda.max_memory_allocated(DEVICE) - nbytes_before
+        # The allocator rounds each tensor up to 512 bytes.
+        assert taken <= products.workspace_nbytes(n_tokens, expert) - taken_before + 16 * 512
 
 
 def test_kernels_run_on_the_current_stream() -> None:

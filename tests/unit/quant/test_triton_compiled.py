@@ -115,6 +115,13 @@ def test_nothing_is_added_up_in_an_order_that_depends_on_timing(kernels: list[Co
         assert not re.search(r"\b(atom|red)\.", kernel.ptx), kernel.name
 
 
+def test_rows_and_panels_are_found_by_64_bit_arithmetic(kernels: list[Compiled]) -> None:
+    for kernel in kernels:
+        # A row of 16-bit weights is one of 8 at once; a panel is one for the program.
+        of_what = "i64" if scheme_named(kernel.scheme).is_quantized else "tensor<8xi64"
+        assert re.search(rf"arith\.muli .* : {of_what}\b", kernel.ttgir), kernel.name
+
+
 def test_a_tokens_sums_meet_in_the_same_order_for_any_count_of_tokens(kernels: list[Compiled]) -> None:
     orders = {
         name: {kernel.tokens: reduced_layouts(kernel.ttgir) for kernel in kernels if kernel.name == name}
