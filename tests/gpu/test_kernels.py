@@ -189,13 +189,13 @@ def test_kernels_run_on_the_current_stream() -> None:
     products, expert = products_of(torch.float16), expert_of("4bit-g64")
     x = tokens(1, HIDDEN, torch.float16)
     expected = output_of(products, expert, x)
-    stream = torch.cuda.Stream(DEVICE)
+    stream = torch.cuda.Stream(DEVICE)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(DEVICE))
 
     with torch.cuda.stream(stream):
         # Seconds of work before it: on another stream the product would see zeros.
         late = torch.zeros_like(x)
-        torch.cuda._sleep(1 << 30)
+        torch.cuda._sleep(1 << 30)  # type: ignore[no-untyped-call]
         late.copy_(x)
         out = output_of(products, expert, late)
     stream.synchronize()
