@@ -54,6 +54,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--text", type=_PATH, help="A text in UTF-8 for perplexity, which is left out without it.")
 @click.option("--llama-bench", type=_PATH, help="llama.cpp's program; the one on PATH if not given.")
 @click.option("--prototype", type=_PATH, help="Another implementation's C file, for kernels; left out without it.")
+@click.option("--kernels", multiple=True, help="Sets of kernels for `kernels`, as vnni or avx2; else the fastest.")
 @click.option("--demo-checkpoint", type=_PATH, help="The demo's checkpoint, if there is one; built if not given.")
 @click.option("--demo-source", type=_PATH, help="The GGUF that it is built from; downloaded (93 MB) if not given.")
 @click.option("--out", type=_PATH, help="Where the JSON goes.")
@@ -63,6 +64,7 @@ def cli(
     rounds: int,
     threads: int,
     schemes: tuple[str, ...],
+    kernels: tuple[str, ...],
     out: Path | None,
     **paths: Path | None,
 ) -> None:
@@ -77,7 +79,7 @@ def cli(
     if out is not None and not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: {out.absolute().parent} is no folder")
     try:
-        settings = _settings(rounds, threads, schemes, paths)
+        settings = _settings(rounds, threads, schemes, kernels, paths)
     except BenchmarkError as error:
         _complain(error)
         sys.exit(1)
@@ -87,7 +89,9 @@ def cli(
     sys.exit(len(figures) < len(chosen))
 
 
-def _settings(rounds: int, threads: int, schemes: tuple[str, ...], paths: dict[str, Path | None]) -> Settings:
+def _settings(
+    rounds: int, threads: int, schemes: tuple[str, ...], kernels: tuple[str, ...], paths: dict[str, Path | None]
+) -> Settings:
     demo_folder = cache_folder(os.environ, Path.home())
     given = {name: path and path.absolute() for name, path in paths.items()}
     return Settings(
@@ -99,6 +103,7 @@ def _settings(rounds: int, threads: int, schemes: tuple[str, ...], paths: dict[s
         llama_bench=find_llama_bench(given["llama_bench"]),
         prototype=given["prototype"],
         schemes=schemes or _SCHEMES,
+        kernels=kernels,
         demo_checkpoint=given["demo_checkpoint"],
         demo_source=given["demo_source"],
     )

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.bandwidth import BandwidthMeter
+from benchmarks.errors import NothingToMeasure
 from benchmarks.expert_prototype import Prototype
 from benchmarks.figures import Figure, ratios
 from benchmarks.segments import sealed
 from benchmarks.settings import Settings
 from protocol.layout import R8, Part, PartSpan, record_nbytes, record_spans
+from quant.errors import KernelsMissing
 from quant.expert import Expert, LayerExperts
+from quant.library import kernels_in_use, use_kernels
 from quant.workspace import Workspace
 from tools.geometry import GEOMETRIES, MIXTRAL_8X7B, Geometry
 from tools.synthetic_store.packed import random_record
@@ -38,9 +41,12 @@ class _Contender:
     name: str
     nbytes: int
     experts: tuple[Compute, ...]
+    kernels: str | None = None
 
     def median_s(self, hidden_states: Tensor) -> float:
         """Return the seconds an expert takes, the middle of one turn of all; the call before warms up."""
+        if self.kernels is not None:
+            use_kernels(self.kernels)
         self.experts[-1](hidden_states)
         seconds = []
         for expert in self.experts:
@@ -77,11 +83,31 @@ def _measure_scheme(settings: Settings, geometry: Geometry, scheme: str, segment
     for n_threads in settings.thread_counts:
         # Awake as during a generation: our threads wait up to 100 µs for the next call before they sleep.
         with Workspace(n_threads) as workspace, workspace.awake():
-            contenders = [_Contender("ours", nbytes, our_experts(records, spans, geometry.hidden, workspace))]
+            experts = our_experts(records, spans, geometry.hidden, workspace)
+            contenders = [_Contender(_name_of(name), nbytes, experts, name) for name in _kernels(settings)]
             if prototype is not None:
                 contenders.append(_Contender("prototype", prototype.nbytes, prototype.experts(n_threads)))
             rounds = _measure_rounds(settings, geometry, n_threads, meter, contenders)
         yield from _figures(f"{scheme}, {n_threads} thread(s)", rounds, contenders)
+
+
+def _kernels(settings: Settings) -> tuple[str, ...]:
+    """Return the names of our sets of kernels to be measured; raise NothingToMeasure."""
+    in_use = kernels_in_use()
+    if in_use is None:
+        raise NothingToMeasure("the C library was not built")
+    try:
+        for name in settings.kernels:
+            use_kernels(name)
+    except KernelsMissing as error:
+        raise NothingToMeasure(str(error)) from None
+    finally:
+        use_kernels(in_use)
+    return settings.kernels or (in_use,)
+
+
+def _name_of(kernels: str) -> str:
+    return f"ours ({kernels})"
 
 
 def our_experts(
@@ -138,9 +164,10 @@ def _figures(on: str, rounds: _Rounds, contenders: list[_Contender]) -> Iterator
                 rates = tuple(contender.nbytes / value / 1e9 for value in taken)
                 yield Figure(f"{name}, weights", "GB/s", rates)
                 yield Figure(f"{name}, share of the bandwidth", "", ratios(rates, rounds.bandwidth))
-        if len(contenders) > 1:
-            ours, theirs = (rounds.seconds[contender.name, n_tokens] for contender in contenders)
-            yield Figure(f"{on}, batch {n_tokens}: time ours / prototype", "", ratios(ours, theirs))
+        *ours, last = contenders
+        for contender in ours if last.kernels is None else ():
+            taken, theirs = (rounds.seconds[one.name, n_tokens] for one in (contender, last))
+            yield Figure(f"{on}, batch {n_tokens}: time {contender.name} / {last.name}", "", ratios(taken, theirs))
 
 
 def _fill(view: memoryview, parts: tuple[Part, ...], nbytes: int) -> None:

@@ -19,13 +19,13 @@ class Machine:
     kernel: str
     python: str
     torch: str
-    has_c_kernels: bool
+    kernels: str | None
     commit: str
 
     @property
     def summary(self) -> str:
         """One line for people."""
-        kernels = "C kernels" if self.has_c_kernels else "no C kernels"
+        kernels = "no C kernels" if self.kernels is None else f"C kernels ({self.kernels})"
         return (
             f"{self.cpu}, {self.n_cpus} cores, {self.memory_gb:.0f} GB, Linux {self.kernel}, "
             f"Python {self.python}, torch {self.torch}, {kernels}"
@@ -40,7 +40,7 @@ def describe_machine() -> Machine:
     """Return the machine this process runs on."""
     import torch
 
-    from quant.library import has_c_library
+    from quant.library import kernels_in_use
 
     return Machine(
         cpu=_cpu_model(),
@@ -49,7 +49,7 @@ def describe_machine() -> Machine:
         kernel=platform.release(),
         python=platform.python_version(),
         torch=torch.__version__,
-        has_c_kernels=has_c_library(),
+        kernels=kernels_in_use(),
         commit=_commit(),
     )
 

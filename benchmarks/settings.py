@@ -16,6 +16,7 @@ class Settings:
     llama_bench: Path | None = None
     prototype: Path | None = None
     schemes: tuple[str, ...] = ("4bit-g64", "3bit-g64", "2bit-g16")
+    kernels: tuple[str, ...] = ()  # sets of ours to be measured; those in use if none is named
     demo_checkpoint: Path | None = None
     demo_source: Path | None = None
 

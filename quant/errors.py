@@ -5,6 +5,7 @@ QuantError
 ├── SolverMissing   the package of a solver is not installed
 ├── BadWeights      weights that cannot be stored: not finite, of another shape or type than promised
 ├── StaleLibrary    the C library is one of another version
+├── KernelsMissing  kernels were asked for that this machine or this build does not have
 ├── WorkspaceBusy   another thread computes with this workspace
 ├── WorkspaceForked the workspace's threads belong to the process that this one was forked from
 ├── ExpertMissing   an expert was chosen that was not put where it is to be computed
@@ -31,6 +32,10 @@ class BadWeights(QuantError):
 
 class StaleLibrary(QuantError):
     """The C library is one of another version."""
+
+
+class KernelsMissing(QuantError):
+    """Kernels were asked for that this machine or this build does not have."""
 
 
 class WorkspaceBusy(QuantError):

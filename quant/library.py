@@ -1,4 +1,4 @@
-"""The C library: found, loaded, its version checked; what its statuses mean. Knows none of its functions but one.
+"""The C library: found, loaded, its version checked; which of its kernels compute; what its statuses mean.
 
 The library is built when the package is installed with a C compiler; it lies in this package's directory (in an
 editable install, in the directory of the installed one, which is on the package's path too). Its calls release the
@@ -10,7 +10,15 @@ import functools
 from pathlib import Path
 
 import quant
-from quant.errors import BadPart, ExpertMissing, QuantError, StaleLibrary, WorkspaceBusy, WorkspaceForked
+from quant.errors import (
+    BadPart,
+    ExpertMissing,
+    KernelsMissing,
+    QuantError,
+    StaleLibrary,
+    WorkspaceBusy,
+    WorkspaceForked,
+)
 
 LIBRARY_FILE = "libexpertd_kernels.so"
 
@@ -45,6 +53,21 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def kernels_in_use() -> str | None:
+    """Return the name of the kernels that compute, None without the library."""
+    loaded = library()
+    return None if loaded is None else _kernels_name(loaded)
+
+
+def use_kernels(name: str) -> None:
+    """Compute with these kernels from now on, in the whole process, to test or measure them; raise KernelsMissing."""
+    loaded = library()
+    if loaded is None:
+        raise KernelsMissing(f"{name}: the C library was not built")
+    if loaded.expertd_use_kernels(name.encode()):
+        raise KernelsMissing(f"{name}: this machine or this build has none; those in use are {_kernels_name(loaded)}")
+
+
 def check_status(status: int, what: str) -> None:
     """Raise the error that a status stands for, if it stands for one; `what` is what the call was about."""
     if status == OK:
@@ -60,6 +83,13 @@ def check_status(status: int, what: str) -> None:
     if status == _NO_WORKSPACE:
         raise QuantError(f"{what}: the workspace is closed")
     raise BadPart(f"{what}: {_REASONS.get(status, f'status {status}')}")
+
+
+def _kernels_name(loaded: ctypes.CDLL) -> str:
+    function = loaded["expertd_kernels_name"]  # an object of its own, unlike the attribute
+    function.restype = ctypes.c_char_p
+    name: bytes = function()
+    return name.decode()
 
 
 def _load(path: Path) -> ctypes.CDLL:

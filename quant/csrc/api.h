@@ -66,8 +66,8 @@ struct expertd_workspace;
 
 EXPERTD_EXPORT int expertd_abi_version(void);
 
-/* Compute with the kernels of that name from now on, "portable" or "avx2", in the whole process; for tests and
- * measurements. Return EXPERTD_UNKNOWN_FORMAT if this machine has none of that name. */
+/* Compute with the kernels of that name from now on, "portable", "avx2" or "vnni", in the whole process; for tests
+ * and measurements. Return EXPERTD_UNKNOWN_FORMAT if this machine has none of that name. */
 EXPERTD_EXPORT int expertd_use_kernels(const char *name);
 
 /* Return the name of the kernels in use: the fastest that this machine's instruction set has. */

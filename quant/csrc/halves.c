@@ -68,7 +68,7 @@ F16C static int64_t to_halves_by_eight(const float *floats, int64_t n, uint16_t 
 void halves_to_floats(const uint16_t *halves, int64_t n, float *floats) {
     int64_t n_done = 0;
 #ifdef EXPERTD_HAS_AVX2
-    if (kernels_in_use() == &avx2_kernels) { /* which need F16C themselves */
+    if (kernels_in_use()->has_avx2) {
         n_done = to_floats_by_eight(halves, n, floats);
     }
 #endif
@@ -78,7 +78,7 @@ void halves_to_floats(const uint16_t *halves, int64_t n, float *floats) {
 void floats_to_halves(const float *floats, int64_t n, uint16_t *halves) {
     int64_t n_done = 0;
 #ifdef EXPERTD_HAS_AVX2
-    if (kernels_in_use() == &avx2_kernels) {
+    if (kernels_in_use()->has_avx2) {
         n_done = to_halves_by_eight(floats, n, halves);
     }
 #endif

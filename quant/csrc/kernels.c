@@ -7,14 +7,42 @@
 
 static _Atomic(const struct kernels *) chosen;
 
-static const struct kernels *fastest_kernels(void) {
 #ifdef EXPERTD_HAS_AVX2
-    /* Every processor with AVX2 has F16C, which not all compilers know to ask for. */
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        return &avx2_kernels;
-    }
+/* Every processor with AVX2 has F16C, which not all compilers know to ask for. */
+static bool has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
-    return &portable_kernels;
+
+#ifdef EXPERTD_HAS_VNNI
+static bool has_vnni(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+static bool has_portable(void) { return true; }
+
+/* All sets, the fastest first. */
+static const struct {
+    const struct kernels *kernels;
+    bool (*is_supported)(void);
+} sets[] = {
+#ifdef EXPERTD_HAS_VNNI
+    {&vnni_kernels, has_vnni},
+#endif
+#ifdef EXPERTD_HAS_AVX2
+    {&avx2_kernels, has_avx2},
+#endif
+    {&portable_kernels, has_portable},
+};
+
+enum { N_SETS = sizeof sets / sizeof *sets };
+
+static const struct kernels *fastest_kernels(void) {
+    int i = 0;
+    while (!sets[i].is_supported()) {
+        i++;
+    }
+    return sets[i].kernels;
 }
 
 const struct kernels *kernels_in_use(void) {
@@ -23,10 +51,9 @@ const struct kernels *kernels_in_use(void) {
 }
 
 int expertd_use_kernels(const char *name) {
-    const struct kernels *candidates[] = {fastest_kernels(), &portable_kernels};
-    for (size_t i = 0; name != NULL && i < sizeof candidates / sizeof *candidates; i++) {
-        if (strcmp(name, candidates[i]->name) == 0) {
-            atomic_store(&chosen, candidates[i]);
+    for (int i = 0; i < N_SETS && name != NULL; i++) {
+        if (strcmp(name, sets[i].kernels->name) == 0 && sets[i].is_supported()) {
+            atomic_store(&chosen, sets[i].kernels);
             return EXPERTD_OK;
         }
     }

@@ -25,6 +25,7 @@ enum { N_FORMATS = EXPERTD_Q2_G16 + 1 };
 
 struct kernels {
     const char *name;
+    bool has_avx2; /* and FMA and F16C: what else has a version for these uses it */
     quantize_function *quantize;
     panel_product *int8[N_FORMATS]; /* 16-bit parts have no int8 products: theirs are the exact ones */
     panel_product *exact[N_FORMATS];
@@ -33,6 +34,9 @@ struct kernels {
 extern const struct kernels portable_kernels;
 #ifdef EXPERTD_HAS_AVX2
 extern const struct kernels avx2_kernels;
+#endif
+#ifdef EXPERTD_HAS_VNNI
+extern const struct kernels vnni_kernels;
 #endif
 
 /* Return the kernels in use. */

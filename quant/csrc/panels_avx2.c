@@ -2,7 +2,8 @@
  * multiplies them with four broadcast activations and adds pairs, so rows never mix and no sum across lanes is needed.
  *
  * What makes them as fast as memory:
- *   - Several panels far apart are walked at once (streams): one stream a core leaves half of the memory's speed unused.
+ *   - For one or two tokens two panels apart are walked at once (streams): more than one stream a core is faster on some
+ *     processors (Zen 3), more than two are slower on others (Zen 4).
  *   - Each broadcast of activations serves all streams.
  *   - Sums of pairs stay in 16 bits as long as they cannot overflow, and are widened once a block or half a block.
  *   - What all streams read next is prefetched, and so are the three values of each row of the panels after these.
@@ -17,7 +18,7 @@
 #define UNROLL _Pragma("GCC unroll 16")
 
 enum {
-    STREAMS_MAX = 4,
+    STREAMS_MAX = 2,
     VECTOR_NBYTES = 32,
 };
 
@@ -247,10 +248,9 @@ INLINE void prefetch_rows(const struct plan *plan, int64_t panel) {
     _mm_prefetch((const char *)(plan->base_step + panel * PANEL_ROWS), _MM_HINT_T0);
 }
 
-/* Return how many bytes ahead of what is computed each stream is prefetched: far enough that memory has answered, near
- * enough that what came is still in the first-level cache. Measured. Behind a panel the next one follows, so this never
- * has to jump. */
-INLINE int64_t nbytes_ahead(int nbits) { return nbits == 2 ? 1024 : 832; }
+/* How far ahead of what is computed each stream is prefetched: far enough that memory has answered, near enough that what
+ * came is still in the first-level cache. Measured. Behind a panel the next one follows, so this never has to jump. */
+enum { NBYTES_AHEAD = 2048 };
 
 INLINE void prefetch_lines(int n_streams, const struct stream streams[], int64_t at, int64_t n_lines) {
     UNROLL for (int stream = 0; stream < n_streams; stream++) {
@@ -277,12 +277,12 @@ INLINE void multiply_streams(int n_streams, int n_tokens, const struct plan *pla
     }
     const uint8_t *x = blocks;
     for (int64_t first = 0, stripe = 0; first < plan->n_blocks; first += blocks_per_stripe(nbits), stripe += stripe_nbytes(nbits)) {
-        prefetch_lines(n_streams, streams, stripe + nbytes_ahead(nbits), 1); /* of metadata, elsewhere of codes */
+        prefetch_lines(n_streams, streams, stripe + NBYTES_AHEAD, 1); /* of metadata, elsewhere of codes */
         struct place place = {stripe, stripe + STRIPE_METADATA_NBYTES};
         int64_t n_blocks = plan->n_blocks - first;
         n_blocks = n_blocks < blocks_per_stripe(nbits) ? n_blocks : blocks_per_stripe(nbits);
         for (int64_t block = 0; block < n_blocks; block++) {
-            prefetch_lines(n_streams, streams, place.codes + nbytes_ahead(nbits), block_nbytes(nbits) / 64);
+            prefetch_lines(n_streams, streams, place.codes + NBYTES_AHEAD, block_nbytes(nbits) / 64);
             if (nbits == 2) {
                 add_block_g16(n_streams, n_tokens, streams, place, x, sums);
                 UNROLL for (int token = 0; token < n_tokens; token++) {
@@ -330,7 +330,7 @@ INLINE void multiply_tile(const struct plan *plan, int64_t first_panel, int64_t 
                           float *const y[TILE_TOKENS], int nbits) {
     switch (tile->n_tokens) {
     case 1:
-        multiply_range(4, 1, plan, first_panel, n_panels, nbits, tile->blocks, y);
+        multiply_range(2, 1, plan, first_panel, n_panels, nbits, tile->blocks, y);
         break;
     case 2:
         multiply_range(2, 2, plan, first_panel, n_panels, nbits, tile->blocks, y);
@@ -357,6 +357,7 @@ static void int8_2bit(ARGUMENTS) { multiply_tile(plan, first_panel, n_panels, ti
 
 const struct kernels avx2_kernels = {
     .name = "avx2",
+    .has_avx2 = true,
     .quantize = quantize_token_avx2,
     .int8 = {rows_bf16_avx2, rows_fp16_avx2, int8_8bit, int8_4bit, int8_3bit, int8_2bit},
     .exact = {rows_bf16_avx2, rows_fp16_avx2, exact_8bit, exact_4bit, exact_3bit, exact_2bit},

@@ -52,7 +52,7 @@ static void add_weighted_sums_portably(const struct weighted_sums *weighted) {
 
 void add_weighted_sums(const struct weighted_sums *weighted) {
 #ifdef EXPERTD_HAS_AVX2
-    if (kernels_in_use() == &avx2_kernels) { /* which need FMA and F16C themselves */
+    if (kernels_in_use()->has_avx2) {
         add_weighted_sums_avx2(weighted);
         return;
     }

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant.library import has_c_library
+from quant.library import has_c_library, kernels_in_use
 from quant.workspace import Workspace
 from tests.cross_check.cases import Case, all_cases, write_cases
-from tests.unit.quant.c_library import kernels_name
 from tests.unit.quant.matrices import have_equal_bits
 
 _ROOT = Path(__file__).parents[2]
@@ -53,7 +52,7 @@ def check() -> str:
     their_kernels, theirs = _compute_under_emulation(program, cases)
     _compare(cases, ours, theirs)
     n_values = sum(result.numel() for result in ours)
-    return f"{len(cases)} cases, {n_values} values: {their_kernels} on aarch64 = {kernels_name()} here, bit for bit"
+    return f"{len(cases)} cases, {n_values} values: {their_kernels} on aarch64 = {kernels_in_use()} here, bit for bit"
 
 
 def _build() -> Path:

@@ -7,7 +7,11 @@ from contextlib import contextmanager
 import pytest
 from torch import Tensor
 
-from quant.library import library
+from quant.errors import KernelsMissing
+from quant.library import kernels_in_use, library, use_kernels
+
+# All that there are; which of them a machine has is another matter.
+KERNELS = ("portable", "avx2", "vnni")
 
 needs_library = pytest.mark.skipif(library() is None, reason="the C library was not built")
 
@@ -18,37 +22,31 @@ def loaded_library() -> ctypes.CDLL:
     return loaded
 
 
-def kernels_name() -> str:
-    """Return the name of the kernels in use."""
-    function = loaded_library()["expertd_kernels_name"]  # an object of its own, unlike the attribute
-    function.restype = ctypes.c_char_p
-    name: bytes = function()
-    return name.decode()
-
-
 def has_kernels(name: str) -> bool:
     """Whether the library can compute with these kernels here."""
-    if library() is None:
+    try:
+        with kernels(name):
+            return True
+    except KernelsMissing:
         return False
-    with kernels(kernels_name()):
-        return int(loaded_library().expertd_use_kernels(name.encode())) == 0
 
 
 @contextmanager
 def kernels(name: str) -> Iterator[None]:
     """Compute with these kernels inside, with those in use before afterwards."""
-    before = kernels_name()
-    assert loaded_library().expertd_use_kernels(name.encode()) == 0
+    before = kernels_in_use()
+    use_kernels(name)
     try:
         yield
     finally:
-        loaded_library().expertd_use_kernels(before.encode())
+        assert before is not None
+        use_kernels(before)
 
 
 def by_all_kernels(compute: Callable[[], Tensor]) -> list[Tensor]:
-    """Return what each set of kernels of this machine computes."""
+    """Return what each set of kernels of this machine computes, the portable ones first."""
     results = []
-    for name in filter(has_kernels, ("portable", "avx2")):
+    for name in filter(has_kernels, KERNELS):
         with kernels(name):
             results.append(compute())
     return results

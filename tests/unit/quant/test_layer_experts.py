@@ -110,12 +110,12 @@ def test_experts_of_any_size_have_the_same_bits_by_all_kernels(
     with Workspace(1 + seed % 3) as workspace:
         layer = LayerExperts(1, hidden, workspace=workspace, exact=exact)
         layer.put(0, Expert(record, spans))
-        portable, avx2 = by_all_kernels(lambda: layer.forward(x, ids, torch.ones(n_tokens, 1)))
+        portable, *others = by_all_kernels(lambda: layer.forward(x, ids, torch.ones(n_tokens, 1)))
 
-    assert have_equal_bits(portable, avx2)
+    assert all(have_equal_bits(portable, other) for other in others)
     # Where an inner activation lies between two codes, rounding may decide otherwise than in float64: a code is 0.3 %.
     expected = swiglu_in_float64(record, spans, x, rounds_to_int8=not exact)
-    assert relative_error(avx2, expected) <= (2e-6 if exact else 0.01)
+    assert relative_error(portable, expected) <= (2e-6 if exact else 0.01)
 
 
 @settings(max_examples=40)
