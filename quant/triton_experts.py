@@ -58,7 +58,7 @@ class TritonProducts:
         """
         check_product(hidden_states, expert.gate.part, None, self.dtype)
         with self._on_device():
-            inner = torch.empty(len(hidden_states), expert.gate.part.rows, dtype=self.dtype, device=self.device)
+            inner = torch.empty(hidden_states.shape[0], expert.gate.part.rows, dtype=self.dtype, device=self.device)
             check_product(inner, expert.down.part, out, self.dtype)
             self._gate_up(hidden_states, expert, inner)
             self._multiply(inner, expert.down, out)
@@ -94,18 +94,19 @@ class TritonProducts:
             self.expert(x, expert, torch.empty(n_tokens, BLOCK_COLS, device=self.device))
 
     def _multiply(self, x: Tensor, part: DevicePart, out: Tensor) -> None:
-        if self._is_for_gemv(x, part):
-            tokens = kernel_tokens(len(x))
-            arguments = (x, x.stride(0), out, out.stride(0), len(x), part.scheme.name, tokens)
-            multiply_kernel[_grid(part.part, len(x), tokens)](*part.on_device, *arguments, **OPTIONS)
+        n_tokens = x.shape[0]
+        if self._is_for_gemv(x, n_tokens, part):
+            tokens = kernel_tokens(n_tokens)
+            arguments = (x, x.stride(0), out, out.stride(0), n_tokens, part.scheme.name, tokens)
+            multiply_kernel[_grid(part.part, n_tokens, tokens)](*part.on_device, *arguments, **OPTIONS)
             return
         for first_row, n_rows in self._strips(part.part):
             out[:, first_row : first_row + n_rows] = _times(x, self._expanded(part, first_row, n_rows))
 
     def _gate_up(self, x: Tensor, expert: DeviceExpert, inner: Tensor) -> None:
-        gate, up = expert.gate, expert.up
-        if self._is_for_gemv(x, gate) and self._is_for_gemv(x, up):
-            self._gate_up_gemv(x, gate, up, inner)
+        n_tokens, gate, up = x.shape[0], expert.gate, expert.up
+        if self._is_for_gemv(x, n_tokens, gate) and self._is_for_gemv(x, n_tokens, up):
+            self._gate_up_gemv(x, n_tokens, gate, up, inner)
             return
         for first_row, n_rows in self._strips(gate.part):
             # One after the other: both are expanded to the same scratch.
@@ -113,11 +114,11 @@ class TritonProducts:
             ups = _times(x, self._expanded(up, first_row, n_rows))
             inner[:, first_row : first_row + n_rows] = silu(gates).mul_(ups)
 
-    def _gate_up_gemv(self, x: Tensor, gate: DevicePart, up: DevicePart, inner: Tensor) -> None:
+    def _gate_up_gemv(self, x: Tensor, n_tokens: int, gate: DevicePart, up: DevicePart, inner: Tensor) -> None:
         if gate.scheme == up.scheme:
-            tokens = kernel_tokens(len(x))
-            arguments = (x, x.stride(0), inner, inner.stride(0), len(x), gate.scheme.name, tokens)
-            grid = _grid(gate.part, len(x), tokens)
+            tokens = kernel_tokens(n_tokens)
+            arguments = (x, x.stride(0), inner, inner.stride(0), n_tokens, gate.scheme.name, tokens)
+            grid = _grid(gate.part, n_tokens, tokens)
             gate_up_kernel[grid](gate.part_bytes, *up.on_device, *arguments, **OPTIONS)
             return
         gates, ups = (torch.empty(inner.shape, device=self.device) for _ in range(2))
@@ -125,11 +126,11 @@ class TritonProducts:
         self._multiply(x, up, ups)
         inner.copy_(silu(gates).mul_(ups))
 
-    def _is_for_gemv(self, x: Tensor, part: DevicePart) -> bool:
+    def _is_for_gemv(self, x: Tensor, n_tokens: int, part: DevicePart) -> bool:
         """Whether the kernels that read parts as they lie can and should be used; raise BadShape."""
-        if not 0 < len(x) <= GEMV_TOKENS_MAX or not _has_whole_loads(part):
+        if not 0 < n_tokens <= GEMV_TOKENS_MAX or not _has_whole_loads(part):
             return False
-        if x.data_ptr() % LOAD_NBYTES or (len(x) > 1 and x.stride(0) * x.itemsize % LOAD_NBYTES):
+        if x.data_ptr() % LOAD_NBYTES or (n_tokens > 1 and x.stride(0) * x.itemsize % LOAD_NBYTES):
             raise BadShape(f"{part.part.name}: rows of activations have to start at multiples of {LOAD_NBYTES} bytes")
         return True
 

@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 
 _CAPABILITY_MIN = (7, 5)
 _CAPABILITY_OF_BF16 = (8, 0)
+# Older ones lack functions of constants and tuples, which the kernels are written with.
+_TRITON_MIN = (3, 7)
 
 # What compiling, linking and loading raise besides Triton's own errors; it asserts that it finds the CUDA driver.
 _COMPILING_FAILED = (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError)
@@ -122,11 +124,19 @@ def why_not_compilable() -> str | None:
 def why_not_importable() -> str | None:
     """Return what keeps Triton from being imported; None if nothing does."""
     try:
-        import triton  # noqa: F401  # only whether it can be is asked; a broken installation shows no earlier
+        import triton
     except ModuleNotFoundError as error:
         if error.name == "triton":
             return "Triton is not installed: pip install 'expertd[cuda]'"
         return f"Triton cannot be imported: {error}"
     except (ImportError, OSError, RuntimeError) as error:
         return f"Triton cannot be imported: {error}"
-    return None
+    return why_not_this_triton(triton.__version__)
+
+
+def why_not_this_triton(version: str) -> str | None:
+    """Return what keeps kernels from that version of Triton; None if nothing does."""
+    if tuple(map(int, version.split(".")[:2])) >= _TRITON_MIN:
+        return None
+    needed = ".".join(map(str, _TRITON_MIN))
+    return f"Triton {version} is installed, {needed} is needed: pip install 'expertd[cuda]'"

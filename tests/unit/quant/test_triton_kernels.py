@@ -12,7 +12,14 @@ import torch
 from protocol.schemes import Q4_G64
 from quant import triton_kernels
 from quant.torch_products import TorchProducts
-from quant.triton_kernels import compiled, open_products, why_no_kernels, why_not_compilable, why_not_on
+from quant.triton_kernels import (
+    compiled,
+    open_products,
+    why_no_kernels,
+    why_not_compilable,
+    why_not_on,
+    why_not_this_triton,
+)
 
 CPU = torch.device("cpu")
 
@@ -65,6 +72,19 @@ def test_missing_headers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert why_not_compilable() == (
         f"Triton needs Python's headers, and {tmp_path} has none: install python3-dev or the like"
     )
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("3.6.0", "Triton 3.6.0 is installed, 3.7 is needed: pip install 'expertd[cuda]'"),
+        ("2.10.1", "Triton 2.10.1 is installed, 3.7 is needed: pip install 'expertd[cuda]'"),
+        ("3.7.1", None),
+        ("3.10.0+git1234", None),
+    ],
+)
+def test_a_triton_that_is_too_old_is_named(version: str, reason: str | None) -> None:
+    assert why_not_this_triton(version) == reason
 
 
 def test_what_cannot_be_compiled_is_a_reason_and_no_error() -> None:
