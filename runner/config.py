@@ -16,6 +16,10 @@ from runner.devices import check_device
 from runner.errors import ConfigInvalid, DeviceUnavailable
 from runner.quantities import parse_nbytes
 
+# How records reach a GPU: through page-locked chunks, or out of the store's own memory, page-locked at the start.
+PIN_STAGED = "staged"
+PIN_DIRECT = "direct"
+
 GUESSED_MAX = 16
 DEPTH_MAX = 10
 
@@ -41,6 +45,7 @@ class RunnerConfig:
     device_memory: int | None = None  # bytes
     prefetch_depth: int = 1
     prefetch_experts: int = 2
+    pin: str = PIN_STAGED
 
     def __post_init__(self) -> None:
         """Raise ConfigInvalid for a value outside its range."""
@@ -59,6 +64,8 @@ class RunnerConfig:
         _check_whole("device_memory", self.device_memory, 1, 1 << 50, optional=True)
         _check_whole("prefetch_depth", self.prefetch_depth, 0, DEPTH_MAX)
         _check_whole("prefetch_experts", self.prefetch_experts, 1, GUESSED_MAX)
+        if self.pin not in (PIN_STAGED, PIN_DIRECT):
+            raise ConfigInvalid(f"pin: one of {PIN_STAGED}, {PIN_DIRECT} is expected, {self.pin!r:.80} came")
         if self.cache_experts is not None and self.device_memory is not None:
             raise ConfigInvalid(
                 "cache_experts: not together with device_memory: either says how many experts the device holds"

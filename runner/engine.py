@@ -57,8 +57,7 @@ def open_engine(
     """Attach to a store through expertd and return the engine that computes with it; raise RunnerError.
 
     store           the directory that `expertd quantize` wrote
-    device          "auto", "cpu", or "link:12GB/s": a stand-in accelerator behind a link of that speed; "cuda" comes
-                    with a later version
+    device          "auto", "cpu", "cuda", "cuda:1", or "link:12GB/s": a stand-in accelerator behind such a link
     threads         None: one for each physical core this process may use. torch's thread count is the process's.
     exact           activations and kv_cache in fp32: the float reference's results, two to four times slower
     context         the most tokens a sequence may have

@@ -35,6 +35,7 @@ def engine_options(command: _Command) -> _Command:
         click.option("--device-memory", metavar="SIZE", help="Memory to use on the device, as in 11GiB, instead."),
         click.option("--prefetch-depth", type=int, help="Foresee experts so many layers ahead; 0: not at all."),
         click.option("--prefetch-experts", type=int, help="How many experts of a layer are foreseen."),
+        click.option("--pin", help="How experts reach a GPU: staged, or direct from the store's memory."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
     )
     for option in reversed(options):

@@ -55,7 +55,8 @@ class CacheSettings:
     """How many slots each layer has and how many are spare; how copies are made.
 
     `waits`: a result is there when `forward` returns. Else the compute queue writes it, and whoever reads it is on that
-    queue too, as a model on a GPU is. `is_direct`: the device reads the store's mapping, nothing is staged.
+    queue too, as a model on a GPU is. `is_direct`: the device reads the store's mapping, nothing is staged; else
+    `n_stagers` threads stage.
     """
 
     quotas: tuple[int, ...]
@@ -63,6 +64,7 @@ class CacheSettings:
     mode: CacheMode = CacheMode.CACHED
     chunk_nbytes: int = CHUNK_NBYTES
     is_direct: bool = False
+    n_stagers: int = 1
     waits: bool = True
 
 
@@ -126,6 +128,7 @@ class CachedExperts:
             self._tally,
             chunk_nbytes=min(settings.chunk_nbytes, slot_nbytes),
             is_direct=settings.is_direct,
+            n_stagers=settings.n_stagers,
             stepped_by=stepped_by,
         )
         self._lock = self._engine.condition

@@ -14,7 +14,6 @@ lock held. The model's thread blocks in `wait`, until the engine has submitted m
 A cancelled copy's pieces may still run: the next copy into that slot is behind them in the same queue.
 """
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from runner.experts.copy_queue import CopyQueue, Outcome, Piece
 from runner.experts.counters import Tally
 from runner.experts.errors import CopyFailed
 from runner.experts.slots import SlotTable
+from runner.experts.staging import Stager
 
 CHUNK_NBYTES = 8 << 20
 
@@ -84,7 +84,8 @@ class CopyEngine:
     """Copies records into slots; started by `with` or `start`, ended by `close`, which drains the device.
 
     With `stepped_by` there is no thread: it is called with the engine whenever the model's thread has to wait, and runs
-    `step`, in any one thread at a time. `is_direct`: records are copied from where they lie, the device can read there.
+    `step`, in any one thread at a time. `is_direct`: records are copied from where they lie, the device can read there;
+    else `n_stagers` threads fill the chunks.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class CopyEngine:
         *,
         chunk_nbytes: int = CHUNK_NBYTES,
         is_direct: bool = False,
+        n_stagers: int = 1,
         stepped_by: Callable[["CopyEngine"], bool] | None = None,
     ) -> None:
         self.condition = threading.Condition(threading.Lock())
@@ -112,6 +114,7 @@ class CopyEngine:
             )
             for index in range(_N_CHUNKS)
         ]
+        self._stager = Stager(1 if is_direct else n_stagers)
         self._n_pieces = 0
         self._stepped_by = stepped_by
         self._asked: Clock | None = None  # what the model's thread knew when it asked for a copy
@@ -141,6 +144,7 @@ class CopyEngine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._stager.close()
         self._device.drain()
 
     def check(self) -> None:
@@ -237,8 +241,7 @@ class CopyEngine:
         if lane.chunk is None:
             return source[piece.offset : piece.offset + piece.nbytes]
         with self._device.host_write(lane.chunk) as memory:
-            # Without the interpreter's lock, as all calls through ctypes.
-            ctypes.memmove(memory.data_ptr(), source.data_ptr() + piece.offset, piece.nbytes)
+            self._stager.copy(memory, source, piece.offset, piece.nbytes)
         return lane.chunk
 
     def _wait_for_room(self) -> None:

@@ -2,15 +2,18 @@
 
 cpu     all in place, in the shared mapping
 link    the stand-in accelerator: experts in its slots, all else on the host as on the cpu
+cuda    a GPU: everything in its memory (opening_cuda, opening_device)
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from runner.devices import CPU
+from runner.devices import AUTO, CPU, is_gpu
 from runner.devices.link import LinkDevice
 from runner.devices.link_speed import LinkSpeed, parse_link
+from runner.errors import ConfigInvalid, DeviceFailed, OutOfMemory
 from runner.experts.budget import FixedMemory, SlotNeeds, plan_slots
 from runner.experts.cache import N_SPARES, CachedExperts, CacheMode, CacheSettings
 from runner.experts.compute import CExperts
@@ -23,9 +26,12 @@ from runner.models.lookahead import Lookahead
 from runner.models.mixtral import Mixtral
 from runner.models.mixtral_config import MixtralConfig
 from runner.models.model import Model
+from runner.models.opening_cuda import open_cuda
 from runner.models.opening_device import HowCached, OnDevice, open_on_device
 from runner.store_view import StoreView
 from runner.weights import DenseWeights, load_dense_weights
+
+_log = logging.getLogger(__name__)
 
 # What a step takes between its layers, in floats a token: this many times the hidden size (configs/runner.toml).
 _STEP_WIDTHS = 16
@@ -64,13 +70,33 @@ def open_model(computation: Computation, owned: ExitStack, plan: CachePlan | Non
     """Return the model on its device; what has to be closed is entered into `owned`. Raise RunnerError."""
     store, settings, workspace = computation.store, computation.settings, computation.workspace
     weights = load_dense_weights(store, workspace, computation.config, exact=settings.exact)
-    if computation.device == CPU:
-        experts = InPlaceExperts(store, workspace, exact=settings.exact)
-        return OpenedModel(Mixtral(computation.config, weights, experts, workspace), _on_host(computation))
     plan = plan or CachePlan()
     if plan.on_device is not None:
         return _on_device(computation, weights, plan.on_device, plan, owned)
-    return _on_link(computation, weights, owned, plan)
+    if is_gpu(computation.device):
+        on_gpu = _on_gpu(computation, weights, plan, owned)
+        if on_gpu is not None:
+            return on_gpu
+    elif computation.device != CPU:
+        return _on_link(computation, weights, owned, plan)
+    experts = InPlaceExperts(store, workspace, exact=settings.exact)
+    return OpenedModel(Mixtral(computation.config, weights, experts, workspace), _on_host(computation))
+
+
+def _on_gpu(computation: Computation, weights: DenseWeights, plan: CachePlan, owned: ExitStack) -> OpenedModel | None:
+    """Return the model on its GPU; None, with a warning, if it does not fit there and nobody asked for that GPU."""
+    settings = computation.settings
+    is_asked_for = settings.device != AUTO or settings.cache_experts is not None or settings.device_memory is not None
+    with ExitStack() as opening:
+        try:
+            opened = _on_device(computation, weights, open_cuda(computation, opening), plan, opening)
+        except (ConfigInvalid, DeviceFailed, OutOfMemory) as error:
+            if is_asked_for:
+                raise
+            _log.warning("computing on the CPU, since %s cannot be used: %s", computation.device, error)
+            return None
+        owned.enter_context(opening.pop_all())
+    return opened
 
 
 def _on_device(

@@ -33,6 +33,7 @@ class OnDevice:
     """A device, what computes on it, and what is known of its memory.
 
     is_direct       it reads the store's mapping by itself; else records go through staging chunks
+    n_stagers       how many threads fill those
     context_nbytes  what its driver takes for this process
     free_nbytes     what can still be had
     """
@@ -42,6 +43,7 @@ class OnDevice:
     is_direct: bool
     context_nbytes: int
     free_nbytes: int
+    n_stagers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ def open_on_device(
                 n_spares=plan.n_spares,
                 mode=how.mode,
                 is_direct=on_device.is_direct,
+                n_stagers=on_device.n_stagers,
                 waits=False,
             ),
             guard=Guard() if how.is_guarded else None,

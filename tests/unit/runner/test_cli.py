@@ -49,7 +49,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     ("arguments", "message"),
     [
         ([*GENERATE[:-1], ""], "the prompt is empty"),
-        ([*GENERATE, "--device", "cuda"], "device cuda: computing on GPUs comes with a later version"),
+        ([*GENERATE, "--device", "cuda:999"], "device cuda:999: "),
         ([*GENERATE[:-1], "\udcff\udcfe"], "--prompt: not UTF-8 (byte 0)"),
         ([*GENERATE[:-1], "é\udcff"], "--prompt: not UTF-8 (byte 2)"),
         ([*GENERATE, "--system", "a\udcff"], "--system: not UTF-8 (byte 1)"),

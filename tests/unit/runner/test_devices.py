@@ -38,13 +38,19 @@ def torch_threads() -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
-def test_auto_is_the_cpu() -> None:
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@without_gpu
+def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
     assert choose_device("auto") == choose_device("cpu") == "cpu"
 
 
-def test_cuda_is_refused_with_what_to_do_now() -> None:
-    with pytest.raises(DeviceUnavailable, match=r"comes with a later version; .* --device cpu"):
-        choose_device("cuda")
+@without_gpu
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_refused_with_the_reason_and_what_to_do(name: str) -> None:
+    with pytest.raises(DeviceUnavailable, match=rf"device {name}: (torch .* without CUDA|.* no .*GPU).*; --device cpu"):
+        choose_device(name)
 
 
 def test_a_link_is_taken_by_its_full_name() -> None:
