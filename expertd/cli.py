@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from expertd.errors import ExpertdError, StoreInvalid
-from expertd.progress import progress_bar
+from expertd.progress import conversion_progress, progress_bar
 from protocol.errors import DaemonUnavailable, ProtocolError
 from protocol.version import LIBRARY_VERSION
 
@@ -31,31 +31,50 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("source")
 @STORE
-@click.option("--config", type=click.Path(path_type=Path), required=True, help="Which scheme for what: configs/*.toml.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="Which scheme for what: configs/*.toml [default: 4 bits]."
+)
+@click.option("--revision", help="Branch, tag or commit of a repository on the Hub [default: main].")
+@click.option("--discard-source", is_flag=True, help="Delete each shard that was fetched from the Hub after its use.")
 @click.option("--force", is_flag=True, help="Replace an existing store.")
 @click.option("--jobs", type=click.IntRange(1, 256), default=None, help="Worker processes [default: one a processor].")
-def quantize(checkpoint: Path, store: Path, config: Path, force: bool, jobs: int | None) -> None:
-    """Make STORE from the Hugging Face Mixtral checkpoint in the folder CHECKPOINT."""
-    from expertd.convert.config import load_config
+def quantize(
+    source: str,
+    store: Path,
+    *,
+    config: Path | None,
+    revision: str | None,
+    discard_source: bool,
+    force: bool,
+    jobs: int | None,
+) -> None:
+    """Make STORE from the Mixtral checkpoint SOURCE: a folder, or a repository on the Hugging Face Hub (owner/name).
+
+    What an interrupted run has finished is kept: the same command goes on from there.
+    """
+    from expertd.convert.config import QuantizeConfig, load_config
     from expertd.convert.errors import ConvertError
-    from expertd.convert.quantize import quantize_checkpoint
+    from expertd.convert.quantize import quantize_source
+    from expertd.convert.source import open_source
     from expertd.store import path_problem
 
     problem = path_problem(str(store.absolute()))
     if problem:
         raise ExpertdError(f"{store}: {problem}, and no daemon could hold it")
-    n_jobs = jobs or len(os.sched_getaffinity(0))
     try:
-        with progress_bar("quantizing") as on_progress:
-            manifest = quantize_checkpoint(
-                checkpoint,
+        schemes = QuantizeConfig() if config is None else load_config(config)
+        files = open_source(source, revision=revision, discards=discard_source)
+        with conversion_progress() as on_progress:
+            manifest = quantize_source(
+                files,
                 store,
-                load_config(config),
+                schemes,
                 force=force,
-                n_jobs=n_jobs,
-                on_progress=lambda progress: on_progress(progress.done_nbytes, progress.total_nbytes),
+                n_jobs=jobs or len(os.sched_getaffinity(0)),
+                discards=discard_source,
+                on_progress=on_progress,
             )
     except ConvertError as error:
         raise ExpertdError(str(error)) from None

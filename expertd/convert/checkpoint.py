@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from expertd.convert.errors import CheckpointError, MalformedCheckpoint, WrongTensor
+from expertd.convert.fetch_messages import FetchJob
 from expertd.convert.json_file import parse_object
 from expertd.convert.local_folder import LocalFolder
 from expertd.convert.mixtral import (
@@ -35,16 +36,13 @@ _DTYPES = ("F32", "F16", "BF16")
 
 
 class CheckpointFiles(Protocol):
-    """The files of a checkpoint: a folder on this disk, or a repository elsewhere. Each method raises CheckpointError.
+    """The files of a checkpoint: a folder on this disk, or a repository elsewhere.
 
-    `place` is what an error line calls it; `folder` is where the shards lie as soon as they are on this disk.
+    `place` is what an error line calls it. Each method raises CheckpointError, or FetchFailed for what is elsewhere.
     """
 
     @property
     def place(self) -> str: ...  # noqa: D102  # the class says it
-
-    @property
-    def folder(self) -> Path: ...  # noqa: D102
 
     def names(self) -> frozenset[str]:
         """Return the names of all files."""
@@ -58,42 +56,62 @@ class CheckpointFiles(Protocol):
         """Return a file of weights and the tensors in it, from its header alone."""
         ...
 
+    def paths(self) -> dict[str, str]:
+        """Return the paths of the files that are on this disk, by name."""
+        ...
+
+    def fetch_job(self, folder: Path | None) -> FetchJob | None:
+        """Return how shards get to this disk, into that folder or (None) to where they stay; None if they are here."""
+        ...
+
 
 class Checkpoint:
-    """A checked checkpoint. `read` may be called by any thread."""
+    """A checked checkpoint, its weights still where they are."""
 
-    def __init__(
-        self, config: MixtralConfig, side_files: dict[str, bytes], tensors: Mapping[str, TensorPlace], folder: Path
-    ) -> None:
+    def __init__(self, config: MixtralConfig, side_files: dict[str, bytes], tensors: Mapping[str, TensorPlace]) -> None:
         self.config = config
         self.side_files = side_files
-        self.folder = folder
         self._tensors = tensors
 
     def dtype(self, matrix: Matrix) -> str:
         """Return the type of that matrix's weights: F32, F16 or BF16."""
-        return self._tensors[matrix.hub_name].slot.dtype
+        return self.place_of(matrix).slot.dtype
 
     def nbytes(self, matrix: Matrix) -> int:
         """Return the length of that matrix in the checkpoint."""
-        return self._tensors[matrix.hub_name].slot.nbytes
+        return self.place_of(matrix).slot.nbytes
 
     def place_of(self, matrix: Matrix) -> TensorPlace:
         """Return where that matrix lies."""
         return self._tensors[matrix.hub_name]
 
+
+class LocalCheckpoint(Checkpoint):
+    """A checkpoint in a folder on this disk. `read` may be called by any thread."""
+
+    def __init__(
+        self, folder: Path, config: MixtralConfig, side_files: dict[str, bytes], tensors: Mapping[str, TensorPlace]
+    ) -> None:
+        super().__init__(config, side_files, tensors)
+        self._folder = folder
+
     def read(self, matrix: Matrix) -> bytearray:
         """Return the bytes of that matrix, row-major; raise CheckpointError."""
-        return read_tensor(self.folder, self.place_of(matrix), matrix.hub_name)
+        place = self.place_of(matrix)
+        return read_tensor(self._folder / place.shard.name, place, matrix.hub_name)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path) -> LocalCheckpoint:
     """Return the checkpoint in that local folder, checked from its headers; raise CheckpointError."""
-    return check_checkpoint(LocalFolder(folder))
+    return LocalCheckpoint(folder, *_checked(LocalFolder(folder)))
 
 
 def check_checkpoint(files: CheckpointFiles) -> Checkpoint:
-    """Return the checkpoint that those files are, checked from its headers; raise CheckpointError."""
+    """Return the checkpoint that those files are, checked from its headers; raise CheckpointError or FetchFailed."""
+    return Checkpoint(*_checked(files))
+
+
+def _checked(files: CheckpointFiles) -> tuple[MixtralConfig, dict[str, bytes], dict[str, TensorPlace]]:
     names = files.names()
     if CONFIG_FILE not in names:
         raise CheckpointError(f"{files.place}: no {CONFIG_FILE}; the files of a Hugging Face checkpoint are expected")
@@ -101,7 +119,7 @@ def check_checkpoint(files: CheckpointFiles) -> Checkpoint:
     config = read_config(side_files[CONFIG_FILE], side_files.get(GENERATION_CONFIG_FILE))
     tensors = _locate_tensors(files, names)
     _check_tensors(config, {name: place.slot for name, place in tensors.items()})
-    return Checkpoint(config, side_files, tensors, files.folder)
+    return config, side_files, tensors
 
 
 def _locate_tensors(files: CheckpointFiles, names: frozenset[str]) -> dict[str, TensorPlace]:

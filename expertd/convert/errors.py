@@ -7,7 +7,9 @@ ConvertError
 │   ├── MalformedCheckpoint  configuration, index or header that is damaged or hostile
 │   ├── WrongTensor          a tensor that is missing, unknown, of another shape or of no float type
 │   ├── GroupsDoNotDivide    a matrix whose inputs do not divide into its scheme's groups
-│   └── NotFinite            weights that are NaN or infinite
+│   ├── NotFinite            weights that are NaN or infinite
+│   └── NotOnHub             what the Hub has not, or does not give to us
+├── FetchFailed              the Hub cannot be reached, or gives other bytes than it promises
 ├── StoreExists              something stands where the store should go
 ├── NotAStore                what stands there is no store, so it is not replaced
 ├── NoDiskSpace              the store does not fit
@@ -48,6 +50,14 @@ class GroupsDoNotDivide(CheckpointError):
 
 class NotFinite(CheckpointError):
     """Weights that are NaN or infinite."""
+
+
+class NotOnHub(CheckpointError):
+    """What the Hub has not, or does not give to us."""
+
+
+class FetchFailed(ConvertError):
+    """The Hub cannot be reached, or gives other bytes than it promises."""
 
 
 class StoreExists(ConvertError):

@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertd.convert.checkpoint import Checkpoint, read_checkpoint
+from expertd.convert.checkpoint import Checkpoint, CheckpointFiles, check_checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import CheckpointError, ConfigError, ConvertError, EncodeFailed, NoDiskSpace
 from expertd.convert.interruption import Interruption, interruption
-from expertd.convert.journal import Journal, open_journal
+from expertd.convert.journal import open_journal
+from expertd.convert.local_folder import LocalFolder
 from expertd.convert.plan import StorePlan, plan_store
 from expertd.convert.staging import Staging, check_target, disk_errors, kept_nbytes, staged
-from expertd.convert.worker_messages import Job, MatrixDone, RecordDone, task_for
-from expertd.convert.worker_pool import encode_records
+from expertd.convert.work import Progress, StoreWork
+from expertd.convert.worker_messages import Job
+from expertd.convert.worker_pool import do_work
 from expertd.convert.writer import record_files_with_headers, write_file
 from expertd.convert.written import WrittenRecord, store_manifest, written
 from protocol.layout import R8
@@ -33,22 +35,17 @@ _NO_ERROR = 1.2345e-05
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """How far the work is, in bytes of the checkpoint's weights; `tensor` was finished last."""
-
-    done_nbytes: int
-    total_nbytes: int
-    tensor: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Order:
-    """A store to be made: where, of what, as what, how."""
+    """A store to be made: where, of what, as what, and with how much effort."""
 
     target: Path
+    files: CheckpointFiles
     source: Checkpoint
     plan: StorePlan
     config: QuantizeConfig
+    n_jobs: int
+    discards: bool
+    on_progress: Callable[[Progress], None]
 
     @property
     def made_of(self) -> str:
@@ -67,29 +64,44 @@ def quantize_checkpoint(
     n_jobs: int,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
+    """Write the store of a checkpoint in a local folder, as quantize_source does."""
+    files = LocalFolder(checkpoint)
+    return quantize_source(files, store, config, force=force, n_jobs=n_jobs, on_progress=on_progress)
+
+
+def quantize_source(
+    files: CheckpointFiles,
+    store: Path,
+    config: QuantizeConfig,
+    *,
+    force: bool,
+    n_jobs: int,
+    discards: bool = False,
+    on_progress: Callable[[Progress], None],
+) -> Manifest:
     """Write the store of a checkpoint with `n_jobs` worker processes; return its manifest; raise ConvertError.
 
     `on_progress` is called in the calling thread after every matrix. In the main thread SIGINT ends the work with
     KeyboardInterrupt, SIGTERM with Terminated; then, as after most errors, what is finished is kept for the next run.
+    With `discards` shards that have to be fetched are deleted after their use.
     """
     if n_jobs < 1:
         raise ConfigError(f"worker processes: at least 1 is expected, {n_jobs} came")
     target = Path(os.path.realpath(store))
     check_target(target, force=force)
-    with interruption() as asked:
-        source = read_checkpoint(checkpoint)
-        plan = plan_store(source, config)
-        order = _Order(target, source, plan, config)
-        _check_disk_space(order)
-        with staged(target, force=force, made_of=order.made_of) as staging, _kept(staging):
-            records = _write_records(order, staging, asked, n_jobs, on_progress)
-            manifest = store_manifest(plan, records, source, config)
-            _clear_but_records(staging.path, plan)
-            for name, data in source.side_files.items():
-                write_file(staging.path, target, name, data)
-            write_file(staging.path, target, MANIFEST_FILE, dump_manifest(manifest))
-            asked.check()
-            staging.commit(force=force)
+    # Not inside the block below: before there is anything to clean up, Ctrl-C need not wait for the network.
+    source = check_checkpoint(files)
+    order = _Order(target, files, source, plan_store(source, config), config, n_jobs, discards, on_progress)
+    _check_disk_space(order)
+    with interruption() as asked, staged(target, force=force, made_of=order.made_of) as staging, _kept(staging):
+        records = _write_records(order, staging, asked)
+        manifest = store_manifest(order.plan, records, source, config)
+        _clear_but_records(staging.path, order.plan)
+        for name, data in source.side_files.items():
+            write_file(staging.path, target, name, data)
+        write_file(staging.path, target, MANIFEST_FILE, dump_manifest(manifest))
+        asked.check()
+        staging.commit(force=force)
     return manifest
 
 
@@ -107,51 +119,30 @@ def _kept(staging: Staging) -> Iterator[None]:
         raise
 
 
-def _write_records(
-    order: _Order, staging: Staging, asked: Interruption, n_jobs: int, on_progress: Callable[[Progress], None]
-) -> dict[str, WrittenRecord]:
+def _write_records(order: _Order, staging: Staging, asked: Interruption) -> dict[str, WrittenRecord]:
     """Have all records written that are not yet; return what the manifest says of each by name."""
-    target, source, plan = order.target, order.source, order.plan
+    target, plan = order.target, order.plan
     names = tuple(file.name for file in plan.files)
-    job = Job(str(source.folder.absolute()), str(staging.path), str(target), names, order.config)
+    job = Job(str(staging.path), str(target), names, order.config)
+    fetch_job = order.files.fetch_job(staging.folder / "source" if order.discards else None)
     with (
-        record_files_with_headers(staging.path, target, plan.files) as files,
+        record_files_with_headers(staging.path, target, plan.files) as record_files,
         open_journal(staging, plan.records, asked) as journal,
     ):
-        todo = [number for number in range(len(plan.records)) if number not in journal.done]
-        told = _ProgressReport(order, journal, staging, on_progress)
-        tasks = (task_for(number, plan.records[number], source) for number in todo)
-        encode_records(tasks, job, asked, n_jobs=min(n_jobs, len(todo)), on_event=told.take)
+        work = StoreWork(
+            order.source,
+            plan,
+            journal,
+            staging,
+            paths=order.files.paths(),
+            fetch_job=fetch_job,
+            on_progress=order.on_progress,
+        )
+        do_work(work, job, fetch_job, asked, n_jobs=min(order.n_jobs, work.n_left))
         for name in names:
             asked.check()
-            files.sync(name)
+            record_files.sync(name)
         return {plan.records[number].name: written(plan.records[number], done) for number, done in journal.done.items()}
-
-
-class _ProgressReport:
-    """Takes down what is written, in the journal and for the caller."""
-
-    def __init__(
-        self, order: _Order, journal: Journal, staging: Staging, on_progress: Callable[[Progress], None]
-    ) -> None:
-        self._source = order.source
-        self._plan = order.plan
-        self._journal = journal
-        self._staging = staging
-        self._on_progress = on_progress
-        finished = [matrix for number in journal.done for matrix in order.plan.records[number].matrices]
-        self._done_nbytes = sum(map(order.source.nbytes, finished))
-        self._staging.keeps = bool(finished)
-
-    def take(self, event: MatrixDone | RecordDone) -> None:
-        """Take down that a matrix or a record is written."""
-        if isinstance(event, RecordDone):
-            self._journal.add(event)
-            self._staging.keeps = True
-            return
-        matrix = self._plan.records[event.record].matrices[event.matrix]
-        self._done_nbytes += self._source.nbytes(matrix)
-        self._on_progress(Progress(self._done_nbytes, self._plan.source_nbytes, matrix.hub_name))
 
 
 def _clear_but_records(folder: Path, plan: StorePlan) -> None:

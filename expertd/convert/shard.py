@@ -40,10 +40,9 @@ def shard_of_file(name: str, fd: int) -> Shard:
     return Shard(name, status.st_size, mtime_ns=status.st_mtime_ns)
 
 
-def read_tensor(folder: Path, place: TensorPlace, name: str, *, begin: int = 0, nbytes: int | None = None) -> bytearray:
+def read_tensor(path: Path, place: TensorPlace, name: str, *, begin: int = 0, nbytes: int | None = None) -> bytearray:
     """Return a tensor's bytes, or `nbytes` of them from `begin`; raise CheckpointError naming the tensor."""
     data = bytearray(place.slot.nbytes - begin if nbytes is None else nbytes)
-    path = folder / place.shard.name
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

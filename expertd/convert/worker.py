@@ -58,7 +58,6 @@ def main(job_text: str) -> None:
 class _Encoder:
     """What one worker reads from, writes to and speaks through."""
 
-    source: Path
     files: RecordFiles
     solver: str
     events: int
@@ -83,7 +82,7 @@ class _Encoder:
 
     def _encode_matrix(self, matrix: MatrixSource, planned: Part) -> tuple[Part, Tensor, float]:
         """Return the part with the scheme that its weights allow, its bytes, u8 [part_nbytes], and what they lost."""
-        weight = _read(self.source, matrix, planned)  # [rows, cols]
+        weight = _read(matrix, planned)  # [rows, cols]
         part = _fitting_part(weight, planned)
         try:
             encoded = encode_part(weight, part, solver=self.solver)
@@ -94,14 +93,14 @@ class _Encoder:
 
 def _run(job: Job, events: int) -> None:
     with RecordFiles(Path(job.folder), Path(job.target), job.files) as files:
-        encoder = _Encoder(Path(job.source), files, job.config.solver, events)
+        encoder = _Encoder(files, job.config.solver, events)
         for line in sys.stdin:
             encoder.encode(load_task(line))
 
 
-def _read(folder: Path, matrix: MatrixSource, part: Part) -> Tensor:
+def _read(matrix: MatrixSource, part: Part) -> Tensor:
     """Return one matrix as [rows, cols] in the checkpoint's type; raise CheckpointError or NotFinite."""
-    data = read_tensor(folder, matrix.place, matrix.hub_name)
+    data = read_tensor(Path(matrix.path), matrix.place, matrix.hub_name)
     weight = torch.frombuffer(data, dtype=_DTYPES[matrix.place.slot.dtype])
     if not bool(weight.isfinite().all()):
         raise NotFinite(f"{matrix.hub_name}: holds weights that are NaN or infinite; the checkpoint is damaged")

@@ -3,10 +3,13 @@
 converter → worker   a Job in the command line, then a Task a line; the end of input ends it
 worker → converter   MatrixDone for each matrix, RecordDone for each record; Failed, and the worker ends
 
+Events of the process that fetches shards (fetch_messages) come the same way.
+
 Both sides are this program: messages are trusted.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +17,7 @@ from expertd.convert import errors
 from expertd.convert.checkpoint import Checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import ConvertError
+from expertd.convert.fetch_messages import Fetched, FetchProgress
 from expertd.convert.plan import PlannedRecord
 from expertd.convert.safetensors_header import TensorSlot
 from expertd.convert.shard import Shard, TensorPlace
@@ -22,12 +26,11 @@ from protocol.layout import Part
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What holds for all of a worker's tasks: where the shards lie, where the record files, and how to encode.
+    """What holds for all of a worker's tasks: where the record files lie, and how to encode.
 
     `target` is where the store will stand, for error lines; `files` are the names of the record files.
     """
 
-    source: str
     folder: str
     target: str
     files: tuple[str, ...]
@@ -36,9 +39,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class MatrixSource:
-    """A matrix as the checkpoint has it: its name there, and where it lies."""
+    """A matrix as the checkpoint has it: its name there, the path of its shard on this disk, and its place."""
 
     hub_name: str
+    path: str
     place: TensorPlace
 
 
@@ -85,12 +89,17 @@ class Failed:
         return cls(self.detail)
 
 
-Event = MatrixDone | RecordDone | Failed
+Done = MatrixDone | RecordDone | FetchProgress | Fetched
+Event = Done | Failed
 
 
-def task_for(number: int, planned: PlannedRecord, checkpoint: Checkpoint) -> Task:
-    """Return the task of writing the plan's record of that number."""
-    matrices = tuple(MatrixSource(matrix.hub_name, checkpoint.place_of(matrix)) for matrix in planned.matrices)
+def task_for(number: int, planned: PlannedRecord, checkpoint: Checkpoint, paths: Mapping[str, str]) -> Task:
+    """Return the task of writing the plan's record of that number; `paths` says where each shard is on this disk."""
+    places = [checkpoint.place_of(matrix) for matrix in planned.matrices]
+    matrices = tuple(
+        MatrixSource(matrix.hub_name, paths[place.shard.name], place)
+        for matrix, place in zip(planned.matrices, places, strict=True)
+    )
     return Task(number, planned.file, planned.offset, planned.nbytes, planned.parts, matrices)
 
 
@@ -114,7 +123,9 @@ def load_task(line: str) -> Task:
     """Return the task in that line."""
     document = json.loads(line)
     parts = tuple(Part(**part) for part in document["parts"])
-    matrices = tuple(MatrixSource(item["hub_name"], _load_place(item["place"])) for item in document["matrices"])
+    matrices = tuple(
+        MatrixSource(item["hub_name"], item["path"], _load_place(item["place"])) for item in document["matrices"]
+    )
     return Task(**document | {"parts": parts, "matrices": matrices})
 
 
@@ -130,6 +141,10 @@ def load_event(line: bytes) -> Event:
             return MatrixDone(record, matrix)
         case ["RecordDone", record, schemes, weight_errors, checksum]:
             return RecordDone(record, tuple(schemes), tuple(weight_errors), checksum)
+        case ["FetchProgress", shard, nbytes]:
+            return FetchProgress(shard, nbytes)
+        case ["Fetched", shard, path, is_ours]:
+            return Fetched(shard, path, is_ours)
         case ["Failed", kind, detail]:
             return Failed(kind, detail)
         case other:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from expertd.convert.checkpoint import read_checkpoint
 from expertd.convert.config import QuantizeConfig
-from expertd.convert.quantize import Progress, quantize_checkpoint
+from expertd.convert.quantize import quantize_checkpoint
+from expertd.convert.work import Progress
 from protocol.layout import record_spans
 from protocol.manifest import Manifest, Record, TensorSchemes, load_manifest
 from protocol.schemes import scheme_named

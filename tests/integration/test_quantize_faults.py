@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import ConfigError, NoDiskSpace, NotFinite, StoreExists, WorkerDied
-from expertd.convert.quantize import Progress, quantize_checkpoint
+from expertd.convert.quantize import quantize_checkpoint
+from expertd.convert.work import Progress
 from protocol.manifest import Manifest
 from tests.support.checkpoints import write_checkpoint, write_weights
 from tests.support.half_done import (

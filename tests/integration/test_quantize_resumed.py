@@ -26,8 +26,8 @@ from tests.support.half_done import (
     manifest_of,
     names_in,
     start_interrupted,
-    wait_for_the_end_of,
 )
+from tests.support.waiting import wait_for_exit
 
 SIXTEEN_BIT = QuantizeConfig(experts="16bit", attention="16bit", head="16bit")
 
@@ -69,7 +69,7 @@ def test_an_interrupted_run_ends_its_workers_and_the_next_goes_on_from_there(
         process.send_signal(number)
         said, _ = process.communicate("")
     for worker in workers:
-        wait_for_the_end_of(worker)
+        wait_for_exit(worker)
     was_kept = is_kept(tmp_path)
     manifest, told = go_on(checkpoint, tmp_path / "store")
 

@@ -39,12 +39,14 @@ def write_checkpoint(
     dtype: Dtype = "f32",
     exact_in_16_bits: bool = False,
     n_shards: int = 1,
+    dealt: bool = True,
     rope: Literal["old", "new"] = "new",
 ) -> Path:
     """Write a checkpoint; return its folder, which is made if need be.
 
     `head_dim` None stands so in config.json and means hidden / n_heads. With `exact_in_16_bits` every weight, whatever
-    its type, is a number that bf16 and fp16 both hold. `rope` says whether config.json gives the rotary base as old
+    its type, is a number that bf16 and fp16 both hold. Tensors are dealt out to the shards, or follow each other there
+    as in published checkpoints. `rope` says whether config.json gives the rotary base as old
     transformers did (rope_theta) or as new ones do (rope_parameters).
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,9 @@ def write_checkpoint(
     tensors = {name: _random_weight(name, shape, generator) for name, shape in shapes.items()}
     if exact_in_16_bits:
         tensors = {name: _representable(weight) for name, weight in tensors.items()}
-    write_weights(folder, {name: weight.to(_DTYPES[dtype]) for name, weight in tensors.items()}, n_shards=n_shards)
+    write_weights(
+        folder, {name: weight.to(_DTYPES[dtype]) for name, weight in tensors.items()}, n_shards=n_shards, dealt=dealt
+    )
     return folder
 
 
@@ -118,7 +122,7 @@ def checkpoint_shapes(
     return shapes if tied else shapes | {"lm_head.weight": (vocab, hidden)}
 
 
-def write_weights(folder: Path, tensors: dict[str, Tensor], *, n_shards: int = 1) -> None:
+def write_weights(folder: Path, tensors: dict[str, Tensor], *, n_shards: int = 1, dealt: bool = True) -> None:
     """Write tensors as model.safetensors or, for several shards, with an index; what stood there is removed."""
     for path in folder.glob("model*.safetensors*"):
         path.unlink()
@@ -126,7 +130,8 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], *, n_shards: int = 1
         save_file(tensors, folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
-    for shard, names in enumerate(_dealt(list(tensors), n_shards), start=1):
+    hands = _dealt(list(tensors), n_shards) if dealt else _cut(list(tensors), n_shards)
+    for shard, names in enumerate(hands, start=1):
         file = f"model-{shard:05}-of-{n_shards:05}.safetensors"
         save_file({name: tensors[name] for name in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
@@ -159,3 +164,9 @@ def _dealt(names: list[str], n_hands: int) -> Iterator[list[str]]:
     """Yield the names dealt out in turn, so that every shard holds something of every layer."""
     for hand in range(n_hands):
         yield names[hand::n_hands]
+
+
+def _cut(names: list[str], n_hands: int) -> Iterator[list[str]]:
+    """Yield the names in their order, in so many pieces."""
+    for hand in range(n_hands):
+        yield names[len(names) * hand // n_hands : len(names) * (hand + 1) // n_hands]

@@ -1,14 +1,14 @@
 """Conversions that are ended half way, and what is left of them."""
 
-import os
-import selectors
 import subprocess
 import sys
 from pathlib import Path
 
 from expertd.convert.config import QuantizeConfig
-from expertd.convert.quantize import Progress, quantize_checkpoint
+from expertd.convert.quantize import quantize_checkpoint
+from expertd.convert.work import Progress
 from protocol.manifest import Manifest, load_manifest
+from tests.support.waiting import wait_for_exit
 
 QUANTIZED = QuantizeConfig(experts="3bit-g64", attention="2bit-g16", head="4bit-g64")
 # Matrices of the checkpoint that `write_checkpoint` makes.
@@ -82,19 +82,6 @@ def go_on(checkpoint: Path, store: Path, config: QuantizeConfig = QUANTIZED) -> 
     return manifest, told
 
 
-def wait_for_the_end_of(pid: int) -> None:
-    """Return when that process, no child of ours, has ended."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
-        ended = selector.select(timeout=60)
-    os.close(fd)
-    assert ended
-
-
 def kill_after(checkpoint: Path, store: Path, n_told: int) -> None:
     """Have a run killed that has told of so many matrices, and wait for the end of its workers."""
     with start_interrupted(checkpoint, store, n_told) as process:
@@ -102,4 +89,4 @@ def kill_after(checkpoint: Path, store: Path, n_told: int) -> None:
         process.kill()
         process.communicate()
     for worker in workers:
-        wait_for_the_end_of(worker)
+        wait_for_exit(worker)

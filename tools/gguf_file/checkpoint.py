@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
-from expertd.convert.checkpoint import Checkpoint
+from expertd.convert.checkpoint import LocalCheckpoint
 from expertd.convert.mixtral import Matrix, dense_records, expert_records
 from tools.geometry import Geometry
 from tools.gguf_file.errors import SourceInvalid
@@ -45,7 +45,7 @@ def checkpoint_types(experts: GGMLQuantizationType) -> TensorTypes:
 class CheckpointSource:
     """An open checkpoint, read by the names of GGUF."""
 
-    checkpoint: Checkpoint
+    checkpoint: LocalCheckpoint
 
     @property
     def geometry(self) -> Geometry:
@@ -122,7 +122,7 @@ def rotary_order(weights: NDArray[np.float32], n_heads: int) -> NDArray[np.float
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, cols)
 
 
-def _weights(checkpoint: Checkpoint, matrix: Matrix) -> NDArray[np.float32]:
+def _weights(checkpoint: LocalCheckpoint, matrix: Matrix) -> NDArray[np.float32]:
     """Return a matrix in float32, in its shape on the Hub."""
     data, dtype = checkpoint.read(matrix), checkpoint.dtype(matrix)
     if dtype == "BF16":

@@ -43,7 +43,7 @@ class SyntheticCheckpoint(Checkpoint):
     def __init__(self, geometry: Geometry) -> None:
         """Take the sizes; raise MalformedCheckpoint for those that make no Mixtral."""
         config_file = json.dumps(geometry.config_document(), indent=2).encode()
-        super().__init__(read_config(config_file), {CONFIG_FILE: config_file}, {}, Path())
+        super().__init__(read_config(config_file), {CONFIG_FILE: config_file}, {})
 
     def dtype(self, matrix: Matrix) -> str:  # noqa: ARG002  # all are of one type
         """Return BF16."""

@@ -62,7 +62,7 @@ def test_sixteen_bits_are_the_checkpoints_own_type(tmp_path: Path) -> None:
 
 
 def test_a_worker_is_told_of_them() -> None:
-    job = Job("c", "f", "t", ("d",), QuantizeConfig(override=(Override(4, layers="0-3"), Override(2, experts="1"))))
+    job = Job("f", "t", ("d",), QuantizeConfig(override=(Override(4, layers="0-3"), Override(2, experts="1"))))
 
     told = load_job(dump_job(job))
 
