@@ -16,7 +16,7 @@ SANITIZER_RUNTIME := libtsan.so
 SANITIZED_TESTS := $(addprefix tests/unit/quant/test_,workspace.py products.py layer_experts.py) -k 'not forked'
 else
 SANITIZER_RUNTIME := libasan.so
-SANITIZED_TESTS := tests/unit/quant tests/unit/runner/test_in_place.py --ignore-glob='*solver*'
+SANITIZED_TESTS := tests/unit/quant tests/unit/runner/test_in_place.py --ignore-glob='*against_hqq*'
 endif
 
 # hqq compiles an extension nobody here uses wherever it sees nvcc.

@@ -10,7 +10,9 @@ from quant.packing import pack
 from quant.solver import quantize
 
 
-def encode_part(weight: Tensor, part: Part, *, solver: str) -> Tensor:
+def encode_part(
+    weight: Tensor, part: Part, *, solver: str = "shortcut", refine: bool = True, n_threads: int = 1
+) -> Tensor:
     """Return the bytes, u8 [part_nbytes(part)], of a weight [rows, cols] of any float type.
 
     Raise BadWeights if its shape is not the part's or a weight is not finite (in 16 bits too), UnknownSolver or
@@ -26,7 +28,7 @@ def encode_part(weight: Tensor, part: Part, *, solver: str) -> Tensor:
     if not scheme.is_quantized:
         return _encode_16bit(weight, part, torch.bfloat16 if scheme == BF16 else torch.float16)
     try:
-        return pack(quantize(weight, scheme, solver=solver))
+        return pack(quantize(weight, scheme, solver=solver, refine=refine, n_threads=n_threads))
     except BadWeights as error:
         raise BadWeights(f"{part.name}: {error}") from None
 

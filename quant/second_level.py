@@ -30,24 +30,52 @@ class FloatGroups:
     zero: Tensor  # f32 [N, K/g], in units of codes
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedGroups:
+    """Groups as lines: w = scale * (codes - center + base)."""
+
+    scale: Tensor  # f32 [N, K/g], 0 for a group of zeros
+    base: Tensor  # f32 [N, K/g], in units of the scale
+    mean_code: Tensor  # f32 [N, K/g], the mean of codes - center: there a line is turned when its scale is rounded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SecondLevel:
+    """The steps of a matrix's rows, and the codes nearest to its groups' scales and bases."""
+
+    scale_codes: Tensor  # u8 [N, K/g]
+    base_codes: Tensor  # u8 [N, K/g]
+    scale_step: Tensor  # f32 [N]
+    base_min: Tensor  # f32 [N]
+    base_step: Tensor  # f32 [N]
+
+
 def quantize_groups(groups: FloatGroups, scheme: Scheme) -> QuantizedMatrix:
     """Return the matrix with 8-bit scales and bases; every field is finite where the groups are."""
-    scale_step = groups.scale.amax(dim=1) / _CODE_MAX  # [N]
-    scale_in_steps = groups.scale / _divisor(scale_step)  # [N, K/g]
-    scale_codes = scale_in_steps.round().clamp_(0, _CODE_MAX)
-    base = _base(groups, scale_in_steps, scale_codes, scheme.center)
-    base_min, base_step = _base_grid(base)
-    base_codes = ((base - base_min[:, None]) / _divisor(base_step)).round_().clamp_(0, _CODE_MAX)
+    mean_code = groups.codes.view(*groups.scale.shape, -1).sum(dim=2) / group_size_of(scheme)
+    level = second_level(FittedGroups(groups.scale, scheme.center - groups.zero, mean_code - scheme.center))
     return QuantizedMatrix(
-        scheme, groups.codes, scale_codes.to(torch.uint8), base_codes.to(torch.uint8), scale_step, base_min, base_step
+        scheme, groups.codes, level.scale_codes, level.base_codes, level.scale_step, level.base_min, level.base_step
     )
 
 
-def _base(groups: FloatGroups, scale_in_steps: Tensor, scale_codes: Tensor, center: int) -> Tensor:
-    """Return the bases in steps of the scale, f32 [N, K/g]; 0 for a group of zeros."""
-    mean_code = groups.codes.view(*groups.scale.shape, -1).sum(dim=2) / (groups.codes.shape[1] // groups.scale.shape[1])
-    base = scale_in_steps * (mean_code - groups.zero) - scale_codes * (mean_code - center)
-    return base.masked_fill_(groups.scale == 0, 0)
+def second_level(groups: FittedGroups) -> SecondLevel:
+    """Return the steps of the rows, and the codes nearest to the groups' scales and then to their bases."""
+    scale_step = groups.scale.amax(dim=1) / _CODE_MAX  # [N]
+    scale_in_steps = groups.scale / _divisor(scale_step)  # [N, K/g]
+    scale_codes = scale_in_steps.round().clamp_(0, _CODE_MAX)
+    in_steps = scale_in_steps * (groups.mean_code + groups.base) - scale_codes * groups.mean_code
+    in_steps.masked_fill_(groups.scale == 0, 0)
+    base_min, base_step = _base_grid(in_steps)
+    base_codes = ((in_steps - base_min[:, None]) / _divisor(base_step)).round_().clamp_(0, _CODE_MAX)
+    return SecondLevel(scale_codes.to(torch.uint8), base_codes.to(torch.uint8), scale_step, base_min, base_step)
+
+
+def group_size_of(scheme: Scheme) -> int:
+    """Return the group size of a scheme that is known to be quantized."""
+    if scheme.group_size is None:
+        raise ValueError(f"{scheme.name} has no groups")
+    return scheme.group_size
 
 
 def _base_grid(base: Tensor) -> tuple[Tensor, Tensor]:

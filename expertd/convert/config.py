@@ -25,7 +25,7 @@ _CHOICES = {
 
 @dataclass(frozen=True, slots=True)
 class QuantizeConfig:
-    """The scheme of experts, attention and output head, and the solver; raise ConfigError for what is not known.
+    """The scheme of experts, attention and output head, and how codes are found; raise ConfigError for unknown words.
 
     `override` takes tables as they stand in a file, too.
     """
@@ -34,6 +34,7 @@ class QuantizeConfig:
     attention: str = "4bit-g64"
     head: str = "8bit-g64"
     solver: str = "shortcut"
+    refine: bool = True
     override: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
@@ -41,7 +42,14 @@ class QuantizeConfig:
             value = getattr(self, option)
             if value not in choices:
                 raise ConfigError(f"{option}: one of {listed(choices)} is expected, {value!r:.60} came")
+        if not isinstance(self.refine, bool):
+            raise ConfigError(f"refine: true or false is expected, {self.refine!r:.60} came")
         object.__setattr__(self, "override", read_overrides(self.override))
+
+    @property
+    def solver_text(self) -> str:
+        """How codes are found, as a store's manifest says it."""
+        return f"{self.solver}, refined" if self.refine else self.solver
 
     def scheme_of(self, key: ExpertKey) -> str:
         """Return the word for the scheme of that expert."""

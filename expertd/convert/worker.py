@@ -60,6 +60,7 @@ class _Encoder:
 
     files: RecordFiles
     solver: str
+    refine: bool
     events: int
 
     def encode(self, task: Task) -> None:
@@ -85,7 +86,7 @@ class _Encoder:
         weight = _read(matrix, planned)  # [rows, cols]
         part = _fitting_part(weight, planned)
         try:
-            encoded = encode_part(weight, part, solver=self.solver)
+            encoded = encode_part(weight, part, solver=self.solver, refine=self.refine)
         except (QuantError, LayoutError) as error:
             raise EncodeFailed(f"{matrix.hub_name}: {error}") from None
         return part, encoded, weight_error(weight, part, encoded)
@@ -93,7 +94,7 @@ class _Encoder:
 
 def _run(job: Job, events: int) -> None:
     with RecordFiles(Path(job.folder), Path(job.target), job.files) as files:
-        encoder = _Encoder(files, job.config.solver, events)
+        encoder = _Encoder(files, job.config.solver, job.config.refine, events)
         for line in sys.stdin:
             encoder.encode(load_task(line))
 

@@ -36,7 +36,7 @@ def store_manifest(
     return Manifest(
         model=model_facts(source.config),
         schemes=_schemes(plan, records),
-        solver=config.solver,
+        solver=config.solver_text,
         experts={planned.key: records[planned.name] for planned in plan.records if planned.key is not None},
         dense={planned.name: records[planned.name] for planned in plan.records if planned.key is None},
         files=tuple(

@@ -161,7 +161,7 @@ def test_the_manifest_describes_the_model(mixed: Converted) -> None:
         "4bit-g64",
         "bf16",
     )
-    assert manifest.solver == "shortcut"
+    assert manifest.solver == "shortcut, refined"
 
 
 def test_every_record_has_its_checksum(mixed: Converted) -> None:

@@ -151,6 +151,27 @@ def test_the_weight_is_not_written_to() -> None:
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("refine", [False, True])
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=name_of)
+def test_the_number_of_threads_changes_no_bit(scheme: Scheme, *, refine: bool) -> None:
+    # Nine strips of rows, the last one short.
+    weight = gaussian(1030, 8192)
+
+    one, three = (quantize(weight, scheme, refine=refine, n_threads=n) for n in (1, 3))
+
+    assert all(torch.equal(getattr(one, field), getattr(three, field)) for field in FIELDS)
+
+
+@pytest.mark.parametrize("scheme", QUANTIZED, ids=name_of)
+def test_16_bit_weights_are_read_as_the_floats_they_are(scheme: Scheme) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        weight = gaussian(40, 256).to(dtype)
+
+        matrix, expected = quantize(weight, scheme), quantize(weight.float(), scheme)
+
+        assert all(torch.equal(getattr(matrix, field), getattr(expected, field)) for field in FIELDS)
+
+
 def test_a_slice_of_a_matrix_is_quantized_as_its_copy() -> None:
     wide = gaussian(40, 256)
 

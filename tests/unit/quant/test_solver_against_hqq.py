@@ -80,7 +80,7 @@ def test_the_large_weights_do_need_the_whole_formula() -> None:
 def test_the_package_can_be_chosen_as_the_solver() -> None:
     weight, expected = package("gaussian", Q8_G64)
 
-    matrix = quantize(weight, Q8_G64, solver="hqq")
+    matrix = quantize(weight, Q8_G64, solver="hqq", refine=False)
 
     assert torch.equal(matrix.codes, expected.codes)
 

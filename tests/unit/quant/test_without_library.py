@@ -5,12 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from protocol.schemes import Scheme
+from protocol.schemes import Q4_G64, Scheme
 from quant import kernels, library
 from quant.errors import StaleLibrary
 from quant.expert import LayerExperts
 from quant.linear import Linear
+from quant.packing import pack
 from quant.reference import dequantize
+from quant.solver import quantize
 from quant.workspace import Workspace
 from tests.unit.quant.c_library import needs_library
 from tests.unit.quant.expert_records import HIDDEN, expert_of
@@ -42,6 +44,17 @@ def test_without_the_library_torch_multiplies(scheme: Scheme) -> None:
 
     assert not library.has_c_library()
     assert relative_error(y, x.double() @ weights.double().t()) <= 1e-6
+
+
+@pytest.mark.usefixtures("no_library")
+@pytest.mark.parametrize(("refine", "error_most"), [(False, 0.0875), (True, 0.0812)])
+def test_without_the_library_torch_solves(*, refine: bool, error_most: float) -> None:
+    weight = gaussian(70, 1024)
+
+    matrix = quantize(weight, Q4_G64, refine=refine)
+
+    assert not library.has_c_library()
+    assert relative_error(dequantize(pack(matrix), 70, 1024, Q4_G64), weight) <= error_most
 
 
 @pytest.mark.usefixtures("no_library")

@@ -28,7 +28,8 @@ def test_every_shipped_file_sets_and_explains_every_option_and_its_default(path:
             continue  # a test of its own
         assert options[field.name] == getattr(config, field.name)
         comment = text[: text.index(f"\n{field.name} = ")].rsplit("\n\n", 1)[-1]
-        assert f'Default: "{field.default}"' in comment
+        default = "true" if field.default is True else f'"{field.default}"'
+        assert f"Default: {default}" in comment
 
 
 @pytest.mark.parametrize("path", STORE_CONFIGS, ids=lambda path: path.name)
@@ -71,7 +72,9 @@ def test_an_option_that_is_left_out_has_its_default(tmp_path: Path) -> None:
 
     config = load_config(path)
 
-    assert config == QuantizeConfig(experts="3bit-g64", attention="4bit-g64", head="8bit-g64", solver="shortcut")
+    assert config == QuantizeConfig(
+        experts="3bit-g64", attention="4bit-g64", head="8bit-g64", solver="shortcut", refine=True
+    )
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
@@ -92,6 +95,7 @@ def test_an_unknown_option_is_refused_with_the_nearest_known_one(tmp_path: Path)
             "experts = 4",
             "experts: one of '16bit', '8bit-g64', '4bit-g64', '3bit-g64', '2bit-g16' is expected, 4 came",
         ),
+        ('refine = "yes"', "refine: true or false is expected, 'yes' came"),
         ("[experts]", "experts: one of '16bit', '8bit-g64', '4bit-g64', '3bit-g64', '2bit-g16' is expected, {} came"),
     ],
 )
