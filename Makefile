@@ -22,7 +22,7 @@ endif
 # hqq compiles an extension nobody here uses wherever it sees nvcc.
 export DISABLE_CUDA := 1
 
-.PHONY: help setup demo test test-long sanitize cross-check check bench format clean
+.PHONY: help setup demo test test-long sanitize cross-check check bench gpu format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,6 +66,9 @@ check: setup  ## style, types, who may import whom
 
 bench: setup  ## speed and memory on the demo store, as a table and JSON
 	@$(BIN)/python -m benchmarks
+
+gpu: setup  ## what this machine's GPU makes of it: ten minutes, one JSON report without names of hosts or users
+	@$(BIN)/python -m benchmarks.gpu
 
 format: setup  ## put the code into its canonical form
 	$(BIN)/ruff check --fix .
