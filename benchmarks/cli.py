@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,6 +20,8 @@ from benchmarks.layers import measure_layers
 from benchmarks.machine import describe_machine
 from benchmarks.peer import LLAMA_BENCH, find_llama_bench
 from benchmarks.processes import Environment
+from benchmarks.quality import measure_quality, quality_table
+from benchmarks.quantizing import measure_conversion, measure_solver
 from benchmarks.settings import Settings
 from benchmarks.several import measure_several
 from benchmarks.store import measure_store
@@ -26,7 +29,7 @@ from tools.demo.cache import cache_folder
 
 Measure = Callable[[Environment, Settings], list[Figure]]
 
-# In the order in which `all` runs them; what is not in it writes tens of GB and runs only when named.
+# In the order in which `all` runs them; what is not in it takes long or much room and runs only when named.
 BENCHMARKS: dict[str, Measure] = {
     "bandwidth": lambda _, settings: measure_bandwidth(settings),
     "kernels": lambda _, settings: measure_kernels(settings),
@@ -35,7 +38,14 @@ BENCHMARKS: dict[str, Measure] = {
     "several": measure_several,
     "store": measure_store,
 }
-ON_REQUEST: dict[str, Measure] = {"full": measure_full}
+ON_REQUEST: dict[str, Measure] = {
+    "full": measure_full,
+    "solver": lambda _, settings: measure_solver(settings),
+    "conversion": measure_conversion,
+    "quality": measure_quality,
+}
+# Benchmarks whose figures make more than a list.
+TABLES: dict[str, Callable[[list[Figure]], str]] = {"quality": quality_table}
 
 _NEEDS_STORE = ("demo", "several", "store")
 _NEEDS_PEER = ("demo",)
@@ -57,6 +67,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--kernels", multiple=True, help="Sets of kernels for `kernels`, as vnni or avx2; else the fastest.")
 @click.option("--demo-checkpoint", type=_PATH, help="The demo's checkpoint, if there is one; built if not given.")
 @click.option("--demo-source", type=_PATH, help="The GGUF that it is built from; downloaded (93 MB) if not given.")
+@click.option("--checkpoint", type=_PATH, help="Any Mixtral checkpoint, for quality.")
+@click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="Of the text, for quality.")
 @click.option("--out", type=_PATH, help="Where the JSON goes.")
 def cli(
     names: tuple[str, ...],
@@ -65,21 +77,24 @@ def cli(
     threads: int,
     schemes: tuple[str, ...],
     kernels: tuple[str, ...],
+    tokens: int,
     out: Path | None,
     **paths: Path | None,
 ) -> None:
-    """Measure what NAMES say, or `all` but full, which writes 36 GB and runs only when named.
+    """Measure what NAMES say, or `all` of the first three rows; the rest runs only when named.
 
     \b
     bandwidth  how fast memory is read        kernels  one expert of Mixtral's size
     layers     a layer, beside llama.cpp      demo     the demo's model, beside llama.cpp
     several    runners at the same time       store    daemon, sharing, first token
-    full       a whole Mixtral-8x7B of 2 and 3 bits
+    full       a whole Mixtral-8x7B of 2 and 3 bits: writes 36 GB
+    solver     one matrix, beside hqq         conversion  full-size matrices, whole
+    quality    the paper's table of a checkpoint
     """
     if out is not None and not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: {out.absolute().parent} is no folder")
     try:
-        settings = _settings(rounds, threads, schemes, kernels, paths)
+        settings = replace(_settings(rounds, threads, schemes, kernels, paths), tokens=tokens)
     except BenchmarkError as error:
         _complain(error)
         sys.exit(1)
@@ -106,6 +121,7 @@ def _settings(
         kernels=kernels,
         demo_checkpoint=given["demo_checkpoint"],
         demo_source=given["demo_source"],
+        checkpoint=given["checkpoint"],
     )
 
 
@@ -153,6 +169,8 @@ def _report(figures: dict[str, list[Figure]], out: Path | None) -> None:
     click.echo(f"{machine.summary}\ncommit {machine.commit}")
     for name, measured in figures.items():
         click.echo(f"\n{name}\n\n{table(measured)}")
+        if name in TABLES:
+            click.echo(f"\n{TABLES[name](measured)}")
     if out is not None:
         document = {
             "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),

@@ -19,6 +19,8 @@ class Settings:
     kernels: tuple[str, ...] = ()  # sets of ours to be measured; those in use if none is named
     demo_checkpoint: Path | None = None
     demo_source: Path | None = None
+    checkpoint: Path | None = None
+    tokens: int = 4096
 
     @property
     def thread_counts(self) -> tuple[int, ...]:

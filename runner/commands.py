@@ -12,6 +12,7 @@ import click
 
 from protocol.version import LIBRARY_VERSION
 from quant.errors import QuantError
+from runner.compare_command import compare
 from runner.config import RunnerConfig
 from runner.engine_command import engine_options, opened, print_json, read_settings
 from runner.errors import PromptInvalid, RunnerError
@@ -50,6 +51,7 @@ def cli() -> None:
     """Execute a model whose experts expertd holds in shared memory."""
 
 
+cli.add_command(compare)
 cli.add_command(trace)
 cli.add_command(replay)
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict
 
 from runner.bench import Bench, Speed
+from runner.comparison import Comparison
 from runner.experts.counters import Counters
 from runner.generate import Report
 
@@ -51,6 +52,24 @@ def perplexity_figures(value: float, *, n_tokens_scored: int, window: int, token
         "window": window,
         "tokens_per_s": tokens_per_s,
     }
+
+
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Return the lines a person reads of two stores compared."""
+    a, b = comparison.reference_perplexity, comparison.other_perplexity
+    return [
+        f"KL divergence {comparison.divergence_nats:.5f} nats a token · same most probable token "
+        f"{comparison.top_agreement:.2%} · {comparison.n_tokens} tokens",
+        f"perplexity {a:.4f} and {b:.4f}, {b / a - 1:+.2%}",
+    ]
+
+
+def comparison_figures(comparison: Comparison, *, window: int) -> dict[str, object]:
+    """Return two stores compared as one flat JSON object; JSON has no infinity, so that is null."""
+    figures: dict[str, object] = {
+        name: value if math.isfinite(value) else None for name, value in asdict(comparison).items()
+    }
+    return figures | {"window": window}
 
 
 def bench_lines(bench: Bench) -> list[str]:
