@@ -1,8 +1,8 @@
 """What quantizing takes: processor time of one matrix of Mixtral's size beside the hqq package, and a conversion whole.
 
 The matrix is gaussian, in bf16. Both solve it on one thread. How many of the package's codes are ours, and what is lost
-of it, is told in the same run. The conversion is `expertd quantize` of one layer of full-size experts, from reading to the
-finished store, start of the processes included; a whole Mixtral-8x7B is projected from its bytes.
+of it, is told in the same run. The conversion is `expertd quantize` of a layer of full-size experts, from reading to
+the finished store, start of the processes included; a whole Mixtral-8x7B is projected from its bytes.
 """
 
 import json

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertd.convert.config import QuantizeConfig
+from expertd.convert.overrides import Override
 from protocol.handles import ExpertKey
 from runner.devices.device import Device
 from runner.devices.errors import UnorderedAccess, UnrecordedEvent
@@ -30,6 +31,10 @@ FP32_TOLERANCE = 1e-5
 FP16_TOLERANCE = 5e-3
 
 FOUR_BIT = QuantizeConfig(experts="4bit-g64", attention="4bit-g64", head="8bit-g64", solver="shortcut")
+# Records of four lengths go through the same slots.
+MIXED = QuantizeConfig(
+    experts="4bit-g64", override=(Override(2, experts="1"), Override(8, layers="1"), Override(16, experts="2"))
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +89,11 @@ def test_logits_in_fp16_are_near_those_of_the_float_reference(tmp_path: Path, pr
     assert 0 < relative_difference(logits, expected) < FP16_TOLERANCE
 
 
-def test_quantized_weights_mean_on_a_device_what_they_mean_on_the_cpu(tmp_path: Path, prompt: list[int]) -> None:
-    store = make_small_store(tmp_path, FOUR_BIT)
+@pytest.mark.parametrize("config", [FOUR_BIT, MIXED], ids=["4 bits", "experts of several widths"])
+def test_quantized_weights_mean_on_a_device_what_they_mean_on_the_cpu(
+    tmp_path: Path, prompt: list[int], config: QuantizeConfig
+) -> None:
+    store = make_small_store(tmp_path, config)
 
     assert relative_difference(on_device(store, prompt), on_cpu(store, prompt)) < FP32_TOLERANCE
 
