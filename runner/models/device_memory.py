@@ -18,22 +18,29 @@ from runner.models.mixtral_config import MixtralConfig
 from runner.store_view import StoreView
 
 _F32 = 4
-# Blocks that are larger than what was asked for, and holes between them.
+# Blocks that are larger than what was asked for, holes between them, and what cuBLAS takes for itself.
 _LOST_SHARE = 8
-_LOST_NBYTES = 32 << 20
+_LOST_NBYTES = 64 << 20
 
 
 def workspace_nbytes(
     store: StoreView, config: MixtralConfig, products: Products, *, n_tokens: int, context: int, kv_dtype: torch.dtype
 ) -> int:
-    """Return what a step of so many tokens needs at most, with all that its products take."""
-    between = _arrays_nbytes(config, products, n_tokens)
-    attention = _attention_nbytes(config, n_tokens, context, kv_dtype)
-    experts = _experts_nbytes(store, config, products, n_tokens)
-    head = HEAD_ROWS * (config.vocab_size * _F32 + 4 * config.hidden_size * _F32)
-    head += _largest_product_nbytes(store.manifest, products, HEAD_ROWS)
-    nbytes = between + max(attention, experts, head)
+    """Return what a step of so many tokens takes of the device's memory at most."""
+    nbytes = step_nbytes(store, config, products, n_tokens=n_tokens, context=context, kv_dtype=kv_dtype)
     return nbytes + nbytes // _LOST_SHARE + _LOST_NBYTES
+
+
+def step_nbytes(
+    store: StoreView, config: MixtralConfig, products: Products, *, n_tokens: int, context: int, kv_dtype: torch.dtype
+) -> int:
+    """Return what a step of so many tokens asks for at most, with all that its products take."""
+    attention = _attention_nbytes(config, n_tokens, context, kv_dtype)
+    experts = _experts_nbytes(config, products, n_tokens)
+    head = HEAD_ROWS * (config.vocab_size * _F32 + 4 * config.hidden_size * _F32)
+    # Products go on in each of the three, with a scratch of their own perhaps.
+    in_products = _largest_product_nbytes(store.manifest, products, max(n_tokens, HEAD_ROWS))
+    return _arrays_nbytes(config, products, n_tokens) + max(attention, experts, head) + in_products
 
 
 def _arrays_nbytes(config: MixtralConfig, products: Products, n_tokens: int) -> int:
@@ -54,11 +61,11 @@ def _attention_nbytes(config: MixtralConfig, n_tokens: int, context: int, kv_dty
     return projected + residual + tile
 
 
-def _experts_nbytes(store: StoreView, config: MixtralConfig, products: Products, n_tokens: int) -> int:
+def _experts_nbytes(config: MixtralConfig, products: Products, n_tokens: int) -> int:
     hidden = config.hidden_size
     contributions = n_tokens * config.top_k * hidden * _F32 * 3  # themselves, weighted, and their sum
     of_one = n_tokens * hidden * (2 * _F32 + products.dtype.itemsize)
-    return contributions + of_one + _largest_product_nbytes(store.manifest, products, n_tokens)
+    return contributions + of_one
 
 
 def _largest_product_nbytes(manifest: Manifest, products: Products, n_tokens: int) -> int:
