@@ -41,6 +41,7 @@ class _CChoice(ctypes.Structure):
         ("weights", ctypes.c_void_p),
         ("contributions", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("others_are_there", ctypes.c_int64),
     )
 
 
@@ -103,21 +104,22 @@ class LayerExperts:
         self._experts[expert_id] = expert
         self._addresses[expert_id] = None if expert is None else expert.address
 
-    def forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, f32 [T, H].
 
         hidden_states f32 [T, H]; expert_ids int64 [T, top_k]; weights f32 [T, top_k]. Contributions are added in the
         order of expert_ids. Raise ExpertMissing, before anything is computed, if one of them was not put here, or
-        BadShape.
+        BadShape. The result is written to `out`, if that is given.
         """
         contributions = torch.empty(*expert_ids.shape, self._hidden_size)
         if self._functions is None:
             if not all(self.has(expert) for expert in set(expert_ids.flatten().tolist())):
                 raise ExpertMissing("an expert was chosen that is not here yet")
             self.contribute(hidden_states, expert_ids, contributions)
-            return sum_in_order(contributions, weights)
+            total = sum_in_order(contributions, weights)
+            return total if out is None else out.copy_(total)
         _check("weights", weights, torch.float32, expert_ids.shape)
-        out = torch.empty(expert_ids.shape[0], self._hidden_size)
+        out = torch.empty(expert_ids.shape[0], self._hidden_size) if out is None else out
         self._call(self._functions, hidden_states, expert_ids, contributions, weights=weights, out=out)
         return out
 
@@ -130,6 +132,24 @@ class LayerExperts:
             self._contribute_by_reference(hidden_states, expert_ids, contributions)
         else:
             self._call(self._functions, hidden_states, expert_ids, contributions)
+
+    def finish(
+        self, hidden_states: Tensor, expert_ids: Tensor, contributions: Tensor, weights: Tensor, out: Tensor
+    ) -> None:
+        """Contribute what is here, where all others have contributed before; write the weighted sum to out, f32 [T, H].
+
+        It is what `forward` returns, bit for bit.
+        """
+        if self._functions is None:
+            self.contribute(hidden_states, expert_ids, contributions)
+            out.copy_(sum_in_order(contributions, weights))
+            return
+        _check("weights", weights, torch.float32, expert_ids.shape)
+        self._choice.others_are_there = True
+        try:
+            self._call(self._functions, hidden_states, expert_ids, contributions, weights=weights, out=out)
+        finally:
+            self._choice.others_are_there = False
 
     def _call(
         self,
@@ -145,6 +165,8 @@ class LayerExperts:
         _check("hidden_states", hidden_states, torch.float32, (n_tokens, self._hidden_size))
         _check("expert_ids", expert_ids, torch.int64, expert_ids.shape)
         _check("contributions", contributions, torch.float32, (n_tokens, top_k, self._hidden_size))
+        if out is not None:
+            _check("out", out, torch.float32, (n_tokens, self._hidden_size))
         choice = self._choice
         choice.n_tokens, choice.top_k = n_tokens, top_k
         choice.hidden_states = hidden_states.data_ptr()

@@ -12,6 +12,7 @@ import click
 
 from protocol.version import LIBRARY_VERSION
 from quant.errors import QuantError
+from runner.bench_commands import bench
 from runner.compare_command import compare
 from runner.config import RunnerConfig
 from runner.engine_command import engine_options, opened, print_json, read_settings
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-
-_COUNT = click.IntRange(0, 1 << 20)
 
 
 def execute(arguments: list[str]) -> tuple[int, str | None]:
@@ -51,6 +50,7 @@ def cli() -> None:
     """Execute a model whose experts expertd holds in shared memory."""
 
 
+cli.add_command(bench)
 cli.add_command(compare)
 cli.add_command(trace)
 cli.add_command(replay)
@@ -127,42 +127,6 @@ def perplexity(
         print_json(perplexity_figures(value, n_tokens_scored=n_scored, window=window, tokens_per_s=tokens_per_s))
     else:
         click.echo(f"perplexity {value:.4f} · {n_scored} tokens scored · {tokens_per_s:.1f} tok/s")
-
-
-@cli.command()
-@engine_options
-@click.option("--prompt-tokens", type=_COUNT, default=128, show_default=True, help="Prefill so many; 0: no prefill.")
-@click.option("--context-tokens", type=_COUNT, default=512, show_default=True, help="Decode behind so many.")
-@click.option("--decode-tokens", type=_COUNT, default=32, show_default=True, help="Decode so many; 0: no decode.")
-@click.option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Measure so many times.")
-@click.option("--seed", "bench_seed", type=click.IntRange(0, (1 << 63) - 1), default=0, help="Where tokens start.")
-def bench(
-    store_dir: Path,
-    *,
-    as_json: bool,
-    prompt_tokens: int,
-    context_tokens: int,
-    decode_tokens: int,
-    runs: int,
-    bench_seed: int,
-    **flags: object,
-) -> None:
-    """Measure prefill and decode in tokens per second, on random tokens; the store needs no tokenizer."""
-    if not prompt_tokens and not decode_tokens:
-        raise click.UsageError("--prompt-tokens and --decode-tokens are both 0: there is nothing to measure")
-    settings = read_settings(flags)
-
-    with opened(store_dir, settings) as (engine, _):
-        from runner.bench import BenchPlan
-        from runner.bench import bench as bench_of
-        from runner.report import bench_figures, bench_lines
-
-        measured = bench_of(engine, BenchPlan(prompt_tokens, context_tokens, decode_tokens, runs, bench_seed))
-    if as_json:
-        print_json(bench_figures(measured))
-    else:
-        for line in bench_lines(measured):
-            click.echo(line)
 
 
 def _answer(engine: "Engine", prompt: "Prompt", settings: RunnerConfig, startup: "Startup", *, as_json: bool) -> None:

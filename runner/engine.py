@@ -23,7 +23,7 @@ from runner.devices.cpu import set_threads
 from runner.errors import PromptInvalid, PromptTooLong, RunnerError, StoreInvalid
 from runner.experts.counters import Counters
 from runner.models.computation import Computation
-from runner.models.mixtral import LayerObserver, Piece
+from runner.models.mixtral import LayerObserver, Piece, Routing
 from runner.models.mixtral_config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -86,7 +86,7 @@ def open_engine(
     return open_configured(Path(store), settings)
 
 
-def open_configured(store_dir: Path, settings: RunnerConfig) -> "Engine":
+def open_configured(store_dir: Path, settings: RunnerConfig, cache_plan: CachePlan | None = None) -> "Engine":
     """Attach to a store with those options and return its engine; raise RunnerError."""
     choose_device(settings.device)
     from runner.client import attach
@@ -94,7 +94,7 @@ def open_configured(store_dir: Path, settings: RunnerConfig) -> "Engine":
     with ExitStack() as guard:
         attachment = guard.enter_context(ExitStack())
         store = attachment.enter_context(attach(store_dir, settings))
-        engine = Engine(store, settings, attachment)
+        engine = Engine(store, settings, attachment, cache_plan)
         guard.pop_all()
     return engine
 
@@ -227,6 +227,17 @@ class Engine:
             yield
         finally:
             model.observer = None
+
+    @contextmanager
+    def routed_by(self, routing: Routing) -> Iterator[None]:
+        """Let a recorded routing choose, and guess, in the gates' place inside the `with`."""
+        model = self._opened_model()
+        ahead = model.ahead
+        model.routing, model.ahead = routing, None if ahead is None else routing
+        try:
+            yield
+        finally:
+            model.routing, model.ahead = None, ahead
 
     def _continue(
         self, sequence: Sequence, max_new_tokens: int, sampling: Sampling, generator: torch.Generator

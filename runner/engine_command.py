@@ -20,6 +20,7 @@ from runner.errors import ConfigInvalid
 if TYPE_CHECKING:
     from runner.engine import Engine
     from runner.generate import Startup
+    from runner.models.opening import CachePlan
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -53,7 +54,9 @@ def read_settings(flags: dict[str, object]) -> RunnerConfig:
 
 
 @contextmanager
-def opened(store_dir: Path, settings: RunnerConfig) -> Iterator[tuple["Engine", "Startup"]]:
+def opened(
+    store_dir: Path, settings: RunnerConfig, cache_plan: "CachePlan | None" = None
+) -> Iterator[tuple["Engine", "Startup"]]:
     """Import what computes and open the store; yield the engine and what that took."""
     choose_device(settings.device)
 
@@ -66,7 +69,7 @@ def opened(store_dir: Path, settings: RunnerConfig) -> Iterator[tuple["Engine", 
 
     imports_s = process_age_s()
     started = monotonic()
-    with open_configured(store_dir, settings) as engine:
+    with open_configured(store_dir, settings, cache_plan) as engine:
         attach_s = monotonic() - started - engine.dense_weights_s
         yield engine, Startup(imports_s=imports_s, attach_s=attach_s, dense_weights_s=engine.dense_weights_s)
 

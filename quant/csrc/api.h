@@ -105,10 +105,11 @@ struct expertd_choice {
     const float *weights;       /* [n_tokens, top_k]; may be NULL if out is */
     float *contributions;       /* [n_tokens, top_k, hidden_size]: what each expert returned for each token */
     float *out;                 /* [n_tokens, hidden_size]: their weighted sum; NULL to leave that out */
+    int64_t others_are_there;   /* 1: the contributions of experts that are not given were computed before */
 };
 
 /* contributions[t, place] = down · (silu(gate · x) * (up · x)) with x = hidden_states[t], for the experts given; those
- * of the others are left as they are. With `out`, for which all chosen experts must be given:
+ * of the others are left as they are. With `out`, for which all chosen experts must be given or be there:
  * out[t] = weights[t, 0] contributions[t, 0] + weights[t, 1] contributions[t, 1] + …, added in that order. */
 EXPERTD_EXPORT int expertd_compute_experts(struct expertd_workspace *workspace, const struct expertd_choice *choice,
                                            int64_t is_exact);

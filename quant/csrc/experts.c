@@ -308,11 +308,12 @@ static void sum_all(struct expertd_workspace *workspace, const struct expertd_ch
     share_out(workspace, sum_item, &sum, ceiling_of(choice->n_tokens, sum.item_tokens));
 }
 
-/* Return EXPERTD_OK if every id that was chosen names an expert of the table; for a sum it has to be given, too. */
+/* Return EXPERTD_OK if every id that was chosen names an expert of the table; for a sum it has to be given or there. */
 static int check_ids(const struct expertd_choice *choice) {
+    bool need_all = choice->out != NULL && !choice->others_are_there;
     for (int64_t i = 0; i < choice->n_tokens * choice->top_k; i++) {
         int64_t expert = choice->expert_ids[i];
-        if (expert < 0 || expert >= choice->n_experts || (choice->out != NULL && choice->experts[expert] == NULL)) {
+        if (expert < 0 || expert >= choice->n_experts || (need_all && choice->experts[expert] == NULL)) {
             return EXPERTD_MISSING_EXPERT;
         }
     }

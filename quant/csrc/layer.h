@@ -98,6 +98,26 @@ struct expertd_step {
 EXPERTD_EXPORT int expertd_attention_segment(struct expertd_workspace *workspace, const struct expertd_segment *segment,
                                              const struct expertd_step *step);
 
+/* A later layer's norm and gate, which are asked ahead of time, and room for n_tokens_max tokens. */
+struct expertd_foresight {
+    const float *norm; /* [hidden_size] */
+    int64_t hidden_size;
+    struct expertd_part gate;
+    int64_t n_guessed;
+    int64_t n_tokens_max;
+    float *normed;      /* [n_tokens_max, hidden_size] */
+    float *gate_logits; /* [n_tokens_max, gate.rows] */
+    float *weights;     /* [n_tokens_max, n_guessed] */
+    int64_t is_exact;
+    float eps;
+};
+
+/* expert_ids [n_tokens, n_guessed]: what the gate would choose for norm(hidden_states), likeliest first; hidden_states
+ * stay as they are. The caller vouches for the lengths of the arrays. */
+EXPERTD_EXPORT int expertd_foresee_experts(struct expertd_workspace *workspace,
+                                           const struct expertd_foresight *foresight, const float *hidden_states,
+                                           int64_t n_tokens, int64_t *expert_ids);
+
 /* out[i] = e^x[i]: what every softmax and SwiGLU here computes with; for tests of its error. */
 EXPERTD_EXPORT int expertd_exponentials(const float *x, float *out, int64_t length);
 

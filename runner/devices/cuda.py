@@ -125,7 +125,14 @@ class CudaDevice:
         with self.reporting(f"copying into {target.name}"), self.copies.stream.current():
             to_bytes.copy_(from_bytes, non_blocking=True)
 
-    def launch(self, work: Callable[[], None], *, reads: Sequence[Buffer] = (), writes: Sequence[Buffer] = ()) -> None:
+    def launch(
+        self,
+        work: Callable[[], None],
+        *,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+        is_awaited: bool = False,  # noqa: ARG002  # the GPU begins at once, whoever waits
+    ) -> None:
         """Run the work now, in the calling thread: all it asks of the GPU goes to the compute stream."""
         for buffer in (*reads, *writes):
             self._own_buffer(buffer)

@@ -104,8 +104,18 @@ class Device(Protocol):
         """
         ...
 
-    def launch(self, work: Callable[[], None], *, reads: Sequence[Buffer] = (), writes: Sequence[Buffer] = ()) -> None:
-        """Submit to the compute queue; `reads` and `writes` are all buffers of this device that the work touches."""
+    def launch(
+        self,
+        work: Callable[[], None],
+        *,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+        is_awaited: bool = False,
+    ) -> None:
+        """Submit to the compute queue; `reads` and `writes` are all buffers of this device that the work touches.
+
+        `is_awaited`: the calling thread blocks for it next; a hint that changes no order.
+        """
         ...
 
     def computing(self) -> AbstractContextManager[None]:

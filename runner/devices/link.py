@@ -99,19 +99,26 @@ class LinkDevice:
         reads = [] if isinstance(source, Tensor) else [self._own_buffer(source)]
         origin = source if isinstance(source, Tensor) else source.tensor
         source_name = "host memory" if isinstance(source, Tensor) else source.name
-        from_bytes = _span(source_name, origin, 0, nbytes)
-        to_bytes = _span(target.name, target.tensor, offset, nbytes)
+        from_address = _address(source_name, origin, 0, nbytes)
+        to_address = _address(target.name, target.tensor, offset, nbytes)
 
-        def copy() -> None:  # the tensors are kept until it has run
-            ctypes.memmove(to_bytes.data_ptr(), from_bytes.data_ptr(), nbytes)
+        def copy(_kept: tuple[Tensor, Tensor] = (origin, target.tensor)) -> None:  # both are kept until it has run
+            ctypes.memmove(to_address, from_address, nbytes)
 
         label = f"the copy of {source_name} into {target.name}[{offset}:{offset + nbytes}]"
         self._submit(self._copies, label, copy, reads, [target], duration_s=self._speed.copy_s(nbytes))
 
-    def launch(self, work: Callable[[], None], *, reads: Sequence[Buffer] = (), writes: Sequence[Buffer] = ()) -> None:
-        """Submit to the compute queue; raise UnorderedAccess."""
+    def launch(
+        self,
+        work: Callable[[], None],
+        *,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+        is_awaited: bool = False,
+    ) -> None:
+        """Submit to the compute queue; raise UnorderedAccess. What is awaited at once is left to whoever waits."""
         own_reads, own_writes = ([self._own_buffer(buffer) for buffer in buffers] for buffers in (reads, writes))
-        self._submit(self._compute, "launch", work, own_reads, own_writes)
+        self._submit(self._compute, "launch", work, own_reads, own_writes, wakes=not is_awaited)
 
     def computing(self) -> AbstractContextManager[None]:
         """Return a context in which nothing is different: all memory is the host's."""
@@ -132,8 +139,9 @@ class LinkDevice:
             self._enter()
             if own.latest is None:
                 self._order.unrecorded(own.name)
-            else:
-                self._order.wait(queue.name, own.latest.clock)
+                return
+            self._order.wait(queue.name, own.latest.clock)
+            if not own.latest.is_reached:
                 self._executor.submit(queue, Wait(own.latest))
 
     def synchronize(self, event: Event) -> None:
@@ -183,10 +191,14 @@ class LinkDevice:
     def poison_slot(self, slot: Buffer) -> None:
         """Submit to the copy queue: what the slot held is gone; raise UnorderedAccess."""
         target = self._own_buffer(slot)
+        if not self._order.is_strict:
+            return
         self._submit(self._copies, "poison_slot", lambda: self._order.poison(target.tensor), [], [target])
 
     def release_chunk(self, chunk: Buffer) -> None:
         """Say that no copy reads the chunk any more; raise UnorderedAccess."""
+        if not self._order.is_strict:
+            return
         with self._host_access(chunk, "release_chunk", writes=True) as tensor:
             self._order.poison(tensor)
 
@@ -220,6 +232,7 @@ class LinkDevice:
         writes: Sequence[LinkBuffer],
         *,
         duration_s: float = 0.0,
+        wakes: bool = True,
     ) -> None:
         with self._lock:
             self._enter()
@@ -231,7 +244,8 @@ class LinkDevice:
                 reads=[buffer.history for buffer in reads],
                 writes=[buffer.history for buffer in writes],
             )
-            self._executor.submit(queue, Work(label, run, duration_s, submitted_at_s=time.monotonic()))
+            work = Work(label, run, duration_s, submitted_at_s=time.monotonic())
+            self._executor.submit(queue, work, wakes=wakes)
 
     def _reach(self, mark: Mark) -> None:
         """Block until the mark is reached; raise what went wrong before it; under the lock."""
@@ -274,14 +288,14 @@ class LinkDevice:
 
 def _executor(queues: Sequence[OperationQueue], failure: Failure, scheduler: RandomScheduler | None) -> Executor:
     if scheduler is None:
-        return ThreadedExecutor(queues, failure)
+        return ThreadedExecutor(queues, failure, helped=queues[-1])
     return SteppedExecutor(queues, failure, scheduler)
 
 
-def _span(name: str, tensor: Tensor, offset: int, nbytes: int) -> Tensor:
-    """Return those bytes of a tensor; raise OutOfBounds."""
+def _address(name: str, tensor: Tensor, offset: int, nbytes: int) -> int:
+    """Return where those bytes of a tensor begin; raise OutOfBounds."""
     if tensor.dtype != torch.uint8 or not tensor.is_contiguous() or tensor.dim() != 1:
         raise OutOfBounds(f"{name} is not a row of bytes: {tensor.dtype} {list(tensor.shape)}")
     if offset < 0 or nbytes <= 0 or offset + nbytes > tensor.numel():
         raise OutOfBounds(f"{name} has {tensor.numel()} bytes; [{offset}:{offset + nbytes}] asked")
-    return tensor[offset : offset + nbytes]
+    return tensor.data_ptr() + offset

@@ -20,6 +20,11 @@ POISON = 0xFF
 class Order(Protocol):
     """What is done about the order of accesses."""
 
+    @property
+    def is_strict(self) -> bool:
+        """Return whether anything is done."""
+        ...
+
     def submit(
         self, queue: str, label: str, *, reads: Sequence[AccessHistory], writes: Sequence[AccessHistory]
     ) -> None:
@@ -61,6 +66,8 @@ class Order(Protocol):
 
 class StrictOrder:
     """Every access must be ordered after the earlier ones that conflict with it."""
+
+    is_strict = True
 
     def __init__(self) -> None:
         self._clocks = VectorClocks()
@@ -131,6 +138,7 @@ class StrictOrder:
 class NoOrder:
     """Nothing is checked."""
 
+    is_strict = False
     _NOTHING = Clock()
     _ACCESS = Access("host", 0, "access", writes=False)
 

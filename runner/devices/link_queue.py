@@ -73,6 +73,10 @@ class OperationQueue:
         first = self._operations[0] if self._operations else None
         return first.mark if isinstance(first, Wait) and not first.mark.is_reached else None
 
+    def holds(self, operation: Operation) -> bool:
+        """Return whether the operation was submitted here and not taken yet."""
+        return operation in self._operations
+
     def append(self, operation: Operation) -> None:
         """Add an operation behind all others."""
         self._operations.append(operation)
@@ -131,8 +135,8 @@ class Executor(Protocol):
         """Take the chance to run something, since a host thread has called."""
         ...
 
-    def submit(self, queue: OperationQueue, operation: Operation) -> None:
-        """Add the operation to the queue."""
+    def submit(self, queue: OperationQueue, operation: Operation, *, wakes: bool = True) -> None:
+        """Add the operation to the queue; unless it `wakes`, a host thread is about to wait for it."""
         ...
 
     def reach(self, mark: Mark) -> None:

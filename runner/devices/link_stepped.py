@@ -45,7 +45,7 @@ class SteppedExecutor:
         while self._runnable() and self._scheduler.goes_on():
             self._step()
 
-    def submit(self, queue: OperationQueue, operation: Operation) -> None:
+    def submit(self, queue: OperationQueue, operation: Operation, *, wakes: bool = True) -> None:  # noqa: ARG002
         """Add the operation to the queue."""
         queue.append(operation)
 

@@ -1,9 +1,12 @@
 """The stand-in accelerator's queues in real time: a thread each, which waits out what a copy takes in the model.
 
+A host thread that waits for what was computed computes it itself, if the queue's own thread has not begun: on the CPU
+that is what an accelerator's time is worth, and waking the other thread would add what no accelerator takes.
+
 Owns the threads. A queue's thread blocks on what its queue waits for; a host thread blocks until a mark is reached.
 While it copies or waits a thread holds neither the lock nor the interpreter's lock: ctypes gives it up around memmove
-and sched_yield. The end of a copy is waited for asleep and, in the last tenth of a millisecond, awake: a sleeper is
-woken about that late. The kernel's own slack, 50 us by default, is set to 1 us for these threads.
+and clock_nanosleep. A sleeper is woken some 30 us late; the kernel's own slack, 50 us by default, is set to 1 us for
+these threads. Waiting awake would be more exact, and slow down whoever computes on the same cores.
 """
 
 import ctypes
@@ -16,15 +19,24 @@ import torch
 from runner.devices.link_queue import Failure, Mark, Operation, OperationQueue, Wait, Work
 from runner.devices.link_speed import LinkClock
 
-_AWAKE_S = 100e-6
+_TIMER_ABSTIME = 1
 _PR_SET_TIMERSLACK = 29
 _TIMER_SLACK_NS = 1000
+
+
+class _TimeSpec(ctypes.Structure):
+    """struct timespec."""
+
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
 class ThreadedExecutor:
     """Runs each queue in a thread of its own: `_serve` and what stands below it. Host threads call the rest."""
 
-    def __init__(self, queues: Sequence[OperationQueue], failure: Failure) -> None:
+    def __init__(self, queues: Sequence[OperationQueue], failure: Failure, helped: OperationQueue) -> None:
+        """Start the threads. The queue that is `helped` is run by a host thread that waits, too."""
+        self._helped = helped
+        self._is_running = False  # whether the helped queue's work is being run, by whichever thread
         self.lock = threading.Lock()
         self._failure = failure
         self._is_closing = False
@@ -42,15 +54,38 @@ class ThreadedExecutor:
     def progress(self) -> None:
         """Do nothing: the threads run what can run."""
 
-    def submit(self, queue: OperationQueue, operation: Operation) -> None:
+    def submit(self, queue: OperationQueue, operation: Operation, *, wakes: bool = True) -> None:
         """Add the operation to the queue, and wake its thread if it is the next one to run."""
         queue.append(operation)
-        if queue.runnable is operation:
+        if wakes and queue.runnable is operation:
             self._changed[queue].notify()
 
     def reach(self, mark: Mark) -> None:
-        """Block the calling host thread until the mark is reached."""
-        self._reached.wait_for(lambda: mark.is_reached)
+        """Block the calling host thread until the mark is reached, or do the queue's work in its place meanwhile."""
+        while not mark.is_reached:
+            operation = self._take_over(mark)
+            if operation is None:
+                self._reached.wait()
+            elif isinstance(operation, Work):
+                self._run_here(operation)
+            else:
+                self._pass(operation)
+
+    def _take_over(self, mark: Mark) -> Operation | None:
+        """Return what the host's thread can do to reach the mark, if it is the helped queue's, which is idle."""
+        if self._is_running or self._helped.runnable is None or not self._helped.holds(mark):
+            return None
+        return self._helped.take(now=time.monotonic())
+
+    def _run_here(self, work: Work) -> None:
+        """Run one work of the helped queue, by whichever thread; under the lock, which is free meanwhile."""
+        self._is_running = True
+        self.lock.release()
+        try:
+            self._failure.run(work, self._helped.name)
+        finally:
+            self.lock.acquire()
+            self._is_running = False
 
     def close(self) -> None:
         """End the threads when they have run all that was submitted."""
@@ -71,7 +106,11 @@ class ThreadedExecutor:
 
     def _run_next(self, queue: OperationQueue, clock: LinkClock) -> bool:
         """Run the next work as soon as it can run, and wait out what it takes; return False when no more comes."""
-        work = self._next_work(queue, clock)
+        with self.lock:
+            work = self._next_work(queue, clock)
+            if work is not None and queue is self._helped:
+                self._run_here(work)
+                return True
         if work is None:
             return False
         self._failure.run(work, queue.name)
@@ -80,30 +119,32 @@ class ThreadedExecutor:
         return True
 
     def _next_work(self, queue: OperationQueue, clock: LinkClock) -> Work | None:
-        """Return the next work as soon as it can run, past marks and waits; None when no more comes."""
-        with self.lock:
-            while True:
-                self._changed[queue].wait_for(lambda: queue.runnable or (self._is_closing and queue.is_empty))
-                if queue.is_empty:
-                    return None
-                operation = queue.take(now=time.monotonic())
-                if isinstance(operation, Work):
-                    return operation
-                self._pass(operation, clock)
+        """Return the next work as soon as it can run, past marks and waits; None when no more comes; under the lock."""
+        while True:
+            self._changed[queue].wait_for(lambda: self._can_take(queue) or (self._is_closing and queue.is_empty))
+            if queue.is_empty:
+                return None
+            operation = queue.take(now=time.monotonic())
+            if isinstance(operation, Work):
+                return operation
+            self._pass(operation)
+            if isinstance(operation, Wait) and operation.mark.reached_at_s is not None:
+                clock.held_until(operation.mark.reached_at_s)
 
-    def _pass(self, operation: Mark | Wait, clock: LinkClock) -> None:
+    def _can_take(self, queue: OperationQueue) -> bool:
+        return queue.runnable is not None and not (queue is self._helped and self._is_running)
+
+    def _pass(self, operation: Mark | Wait) -> None:
         """Go on past a mark, of which all are told that wait for it, or past a wait, which is over."""
         if isinstance(operation, Mark):
             self._reached.notify_all()
             for queue, changed in self._changed.items():
                 if queue.runnable is not None:
                     changed.notify()
-        elif operation.mark.reached_at_s is not None:
-            clock.held_until(operation.mark.reached_at_s)
 
     def _wait_until(self, time_s: float) -> None:
-        asleep_s = time_s - time.monotonic() - _AWAKE_S
-        if asleep_s > 0:
-            threading.Event().wait(asleep_s)
-        while time.monotonic() < time_s:
-            self._libc.sched_yield()
+        """Sleep in one call, which gives the interpreter up once: waiting awake would take it from who computes."""
+        seconds = int(time_s)
+        until = _TimeSpec(seconds, int((time_s - seconds) * 1e9))
+        while self._libc.clock_nanosleep(time.CLOCK_MONOTONIC, _TIMER_ABSTIME, ctypes.byref(until), None):
+            pass  # a signal's handler ran

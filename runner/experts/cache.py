@@ -179,7 +179,8 @@ class CachedExperts:
     def prefetch(self, layer: int, guess: Guess) -> None:
         """Note a guess; the next `forward` follows it behind all that it waits for itself, if slots are to spare.
 
-        Computing the guess then costs nothing where the device computes meanwhile, and is left out where it is no use.
+        What it guesses is computed only where that is of use. It is computed before the launch and followed behind it:
+        whatever the host does just behind a launch keeps the stand-in's thread from the interpreter's lock.
         """
         self._guesses.append((layer, guess))
 
@@ -242,24 +243,27 @@ class CachedExperts:
     def _launch_at_once(self, call: ExpertCall, wanted: _Wanted) -> dict[int, int]:
         """Launch everything; return the slots that are still pinned."""
         slots = wanted.ready
+        likely = self._likely()
         self._launch(slots, partial(self._compute.forward, call, slots), writes=self._outputs)
-        self._follow_guesses()
+        self._copy_ahead(likely)
         return slots
 
     def _launch_as_copied(self, call: ExpertCall, wanted: _Wanted) -> dict[int, int]:
-        """Launch the experts that are there, then the others as they come, then the sum; return what is pinned."""
+        """Launch the experts that are there, then the others as they come, the last ones with the sum; return those."""
         contributions = call.hidden_states.new_empty(*call.expert_ids.shape, call.hidden_states.shape[1])
-        launched: dict[int, int] = {}
-        while wanted.ready or not wanted.is_there:
+        likely = self._likely()
+        while True:
+            launched: dict[int, int] = {}
+            if wanted.is_there:
+                finish = partial(self._compute.finish, call, wanted.ready, contributions)
+                self._launch(wanted.ready, finish, writes=self._outputs)
+                return wanted.ready
             if self._may_launch(wanted):
                 launched, wanted.ready = wanted.ready, {}
                 self._launch(launched, partial(self._compute.contribute, call, launched, contributions))
-            self._follow_guesses()
-            if not wanted.is_there:
-                self._await_more(wanted, launched)
-                launched = {}
-        self._device.launch(partial(self._compute.sum_in_order, call, contributions), writes=self._outputs)
-        return launched
+            self._copy_ahead(likely)
+            likely = []
+            self._await_more(wanted, launched)
 
     def _launch(self, slots: dict[int, int], work: Callable[[], None], writes: Sequence[Buffer] = ()) -> None:
         """Launch work that reads those slots, behind the copies into them."""
@@ -269,30 +273,33 @@ class CachedExperts:
             if not slot.is_awaited:
                 compute.wait(slot.ready)
                 slot.is_awaited = True  # what the queue is given later is behind it, too
-        device.launch(work, reads=[slot.buffer for slot in read], writes=writes)
+        is_last = writes is self._outputs
+        device.launch(
+            work, reads=[slot.buffer for slot in read], writes=writes, is_awaited=is_last and self._settings.waits
+        )
         for slot in read:
             compute.record(slot.last_use)
             slot.was_used = True
 
-    def _follow_guesses(self) -> None:
-        """Ask for the copies of what was guessed and is not there; the likeliest come first."""
+    def _likely(self) -> list[tuple[int, list[int]]]:
+        """Return the layers ahead with what is guessed for them, as far as a guess is of use."""
         guesses, self._guesses = self._guesses, []
         if self._guard is not None and not self._guard.is_on:
-            return
-        for layer, guess in guesses:
-            with self._lock:
-                helps = self._table.may_guess(layer, self._n_experts)
-            if helps:
-                self._copy_ahead(layer, _in_one_row(guess()))
-
-    def _copy_ahead(self, layer: int, experts: Sequence[int]) -> None:
-        sources = [self._source_of_guess(layer, expert) for expert in experts]
+            return []
         with self._lock:
-            self._engine.check()
-            for expert, source in zip(experts, sources, strict=True):
-                slot = None if source is None else self._table.guess(layer, expert)
-                if source is not None and slot is not None:
-                    self._engine.submit(slot, source, is_demand=False)
+            useful = [(layer, guess) for layer, guess in guesses if self._table.may_guess(layer, self._n_experts)]
+        return [(layer, _in_one_row(guess())) for layer, guess in useful]
+
+    def _copy_ahead(self, likely: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Ask for the copies of what was guessed and is not there; the likeliest come first."""
+        for layer, experts in likely:
+            sources = [self._source_of_guess(layer, expert) for expert in experts]
+            with self._lock:
+                self._engine.check()
+                for expert, source in zip(experts, sources, strict=True):
+                    slot = None if source is None else self._table.guess(layer, expert)
+                    if source is not None and slot is not None:
+                        self._engine.submit(slot, source, is_demand=False)
 
     def _may_launch(self, wanted: _Wanted) -> bool:
         """Return whether to launch what is ready; the naive way is to copy first, as much as there are slots for."""

@@ -6,14 +6,15 @@ the work of a device's compute queue, one call at a time.
 Letters: T tokens, H hidden size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from protocol.manifest import Manifest
-from quant.expert import Expert, LayerExperts, sum_in_order
+from quant.expert import Expert, LayerExperts
 from quant.workspace import Workspace
 from runner.experts.record_layouts import RecordLayouts
 
@@ -33,7 +34,7 @@ class ExpertCompute(Protocol):
     """Computes with experts in slots: `slots` says for experts of the call's layer in which slot each lies.
 
     Where and when an expert is computed changes no bit: `forward` writes what `contribute` in any number of parts and
-    `sum_in_order` write. contributions is f32 [T, top_k, H].
+    `finish` write. contributions is f32 [T, top_k, H].
     """
 
     def use_slots(self, slots: Sequence[Tensor]) -> None:
@@ -44,8 +45,8 @@ class ExpertCompute(Protocol):
         """Write what these experts return into their places of contributions, and leave those of others."""
         ...
 
-    def sum_in_order(self, call: ExpertCall, contributions: Tensor) -> None:
-        """Write the weighted sum of all contributions, added in the order of the places, to the call's out."""
+    def finish(self, call: ExpertCall, slots: Mapping[int, int], contributions: Tensor) -> None:
+        """Contribute the last experts; write the weighted sum, added in the order of the places, to the call's out."""
         ...
 
     def forward(self, call: ExpertCall, slots: Mapping[int, int]) -> None:
@@ -79,17 +80,13 @@ class CExperts:
 
     def contribute(self, call: ExpertCall, slots: Mapping[int, int], contributions: Tensor) -> None:
         """Write what these experts return into their places of contributions, and leave those of others."""
-        try:
-            for expert, slot in slots.items():
-                self._some.put(expert, self._expert(call.layer, expert, slot))
-            self._some.contribute(call.hidden_states, call.expert_ids, contributions)
-        finally:
-            for expert in slots:
-                self._some.put(expert, None)
+        with self._put(call.layer, slots) as some:
+            some.contribute(call.hidden_states, call.expert_ids, contributions)
 
-    def sum_in_order(self, call: ExpertCall, contributions: Tensor) -> None:
-        """Write the weighted sum of all contributions, added in the order of the places, to the call's out."""
-        call.out.copy_(sum_in_order(contributions, call.weights))
+    def finish(self, call: ExpertCall, slots: Mapping[int, int], contributions: Tensor) -> None:
+        """Contribute the last experts; write the weighted sum, added in the order of the places, to the call's out."""
+        with self._put(call.layer, slots) as some:
+            some.finish(call.hidden_states, call.expert_ids, contributions, call.weights, call.out)
 
     def forward(self, call: ExpertCall, slots: Mapping[int, int]) -> None:
         """Write the weighted sum to the call's out where all experts that were chosen lie in slots."""
@@ -98,7 +95,18 @@ class CExperts:
             if known.get(expert) != slot:
                 table.put(expert, self._expert(call.layer, expert, slot))
                 known[expert] = slot
-        call.out.copy_(table.forward(call.hidden_states, call.expert_ids, call.weights))
+        table.forward(call.hidden_states, call.expert_ids, call.weights, call.out)
+
+    @contextmanager
+    def _put(self, layer: int, slots: Mapping[int, int]) -> Iterator[LayerExperts]:
+        """Yield the table of all layers with these experts in it, and no others."""
+        try:
+            for expert, slot in slots.items():
+                self._some.put(expert, self._expert(layer, expert, slot))
+            yield self._some
+        finally:
+            for expert in slots:
+                self._some.put(expert, None)
 
     def _expert(self, layer: int, expert: int, slot: int) -> Expert:
         """Return how that expert is computed from the slot; one object for all of a layout."""

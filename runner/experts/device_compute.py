@@ -44,16 +44,16 @@ class DeviceExperts:
         for expert, slot in slots.items():
             tokens.contribute(expert, self._expert(call.layer, expert, slot), contributions)
 
-    def sum_in_order(self, call: ExpertCall, contributions: Tensor) -> None:
-        """Write the weighted sum of all contributions, added in the order of the places, to the call's out."""
+    def finish(self, call: ExpertCall, slots: Mapping[int, int], contributions: Tensor) -> None:
+        """Contribute the last experts; write the weighted sum, added in the order of the places, to the call's out."""
+        self.contribute(call, slots, contributions)
         self._tokens = None
         call.out.copy_(sum_in_order(contributions, call.weights))
 
     def forward(self, call: ExpertCall, slots: Mapping[int, int]) -> None:
         """Write the weighted sum to the call's out where all experts that were chosen lie in slots."""
         contributions = call.hidden_states.new_empty(*call.expert_ids.shape, call.hidden_states.shape[1])
-        self.contribute(call, slots, contributions)
-        self.sum_in_order(call, contributions)
+        self.finish(call, slots, contributions)
 
     def _tokens_of(self, call: ExpertCall) -> "_CallTokens":
         """Return what all parts of a call share; made with the first one."""

@@ -238,6 +238,8 @@ class CopyEngine:
         The chunk's earlier copy is done: it was waited for before the piece before this one was submitted.
         """
         source = self._sources[piece.slot]
+        if lane.chunk is None and piece.nbytes == source.numel():
+            return source
         if lane.chunk is None:
             return source[piece.offset : piece.offset + piece.nbytes]
         with self._device.host_write(lane.chunk) as memory:

@@ -11,8 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quant.layer import choose_experts, rms_norm
-from quant.linear import Linear
+from quant.foresight import Foresight
 from quant.segment import SegmentWeights
 from quant.workspace import Workspace
 from runner.experts.source import Guess
@@ -26,24 +25,27 @@ class Lookahead:
 
     def __init__(self, layers: Sequence[SegmentWeights], eps: float, *, n_guessed: int, depth: int) -> None:
         """Guess n_guessed experts a token, for each of the next `depth` layers."""
-        self._workspace = Workspace(1)
-        self._norms = [weights.post_attention_norm for weights in layers]
-        self._gates = [
-            Linear(weights.gate.part, weights.gate.part_bytes, workspace=self._workspace, exact=weights.gate.exact)
+        workspace = Workspace(1)
+        self._layers = [
+            Foresight(
+                weights.post_attention_norm,
+                weights.gate,
+                eps=eps,
+                n_guessed=n_guessed,
+                n_tokens_max=_GUESSED_TOKENS_MAX,
+                workspace=workspace,
+            )
             for weights in layers
         ]
-        self._eps = eps
-        self._n_guessed = n_guessed
         self._depth = depth
-        self._all = torch.arange(self._gates[0].part.rows)
+        self._all = torch.arange(layers[0].gate.part.rows)
 
     def guesses(self, layer: int, hidden_states: Tensor) -> Iterator[tuple[int, Guess]]:
         """Yield the layers ahead with what is likely to be chosen there, the next one first; states f32 [T, H]."""
-        for ahead in range(layer + 1, min(layer + 1 + self._depth, len(self._gates))):
+        for ahead in range(layer + 1, min(layer + 1 + self._depth, len(self._layers))):
             yield ahead, partial(self._likely, ahead, hidden_states)
 
     def _likely(self, layer: int, hidden_states: Tensor) -> Tensor:
         if hidden_states.shape[0] > _GUESSED_TOKENS_MAX:
             return self._all
-        normed = rms_norm(hidden_states, self._norms[layer], self._eps, workspace=self._workspace)
-        return choose_experts(self._gates[layer](normed), self._n_guessed)[0]  # [T, n_guessed]
+        return self._layers[layer](hidden_states)  # [T, n_guessed]

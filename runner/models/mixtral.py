@@ -47,19 +47,19 @@ class LayerObserver(Protocol):
         ...
 
 
-class Routing(Protocol):
-    """Somebody who chooses in the gates' place: for measurements on weights that mean nothing."""
-
-    def route(self, layer: int, step: Step) -> None:
-        """Overwrite the step's expert_ids and expert_weights of that layer."""
-        ...
-
-
 class Ahead(Protocol):
     """Whoever names the experts of later layers, for `ExpertSource.prefetch`."""
 
     def guesses(self, layer: int, hidden_states: Tensor) -> Iterable[tuple[int, Guess]]:
         """Return later layers, the next one first, with what is likely to be chosen there; states f32 [T, H]."""
+        ...
+
+
+class Routing(Ahead, Protocol):
+    """Somebody who chooses, and guesses, in the gates' place: for measurements on weights that mean nothing."""
+
+    def route(self, layer: int, step: Step) -> None:
+        """Overwrite the step's expert_ids and expert_weights of that layer."""
         ...
 
 

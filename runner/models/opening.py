@@ -59,6 +59,7 @@ class CachePlan:
     """
 
     mode: CacheMode = CacheMode.CACHED
+    holds_all: bool = False  # whatever the options say of slots
     is_guarded: bool = True
     is_direct: bool = True
     new_device: Callable[[LinkSpeed], LinkDevice] = LinkDevice
@@ -112,8 +113,8 @@ def _on_link(computation: Computation, weights: DenseWeights, owned: ExitStack, 
     slots = plan_slots(
         slot_needs(store, config),
         _memory_on_link(computation),
-        cache_experts=settings.cache_experts,
-        device_memory_nbytes=settings.device_memory,
+        cache_experts=config.n_experts if plan.holds_all else settings.cache_experts,
+        device_memory_nbytes=None if plan.holds_all else settings.device_memory,
     )
     device = plan.new_device(parse_link(computation.device))
     owned.callback(device.close)

@@ -28,12 +28,19 @@ class OneThreaded(LinkDevice):
     How many threads torch takes for its sums is each thread's own.
     """
 
-    def launch(self, work: Callable[[], None], *, reads: Sequence[Buffer] = (), writes: Sequence[Buffer] = ()) -> None:
+    def launch(
+        self,
+        work: Callable[[], None],
+        *,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+        is_awaited: bool = False,
+    ) -> None:
         def alone() -> None:
             torch.set_num_threads(1)
             work()
 
-        super().launch(alone, reads=reads, writes=writes)
+        super().launch(alone, reads=reads, writes=writes, is_awaited=is_awaited)
 
 
 def link(seed: int | None = None) -> LinkDevice:

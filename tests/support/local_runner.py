@@ -18,7 +18,7 @@ def start_runner(
 ) -> subprocess.Popen[bytes]:
     """Start the command on a store, its output in pipes, without the user's configuration."""
     return subprocess.Popen(
-        [sys.executable, "-m", __name__, command, "--store", str(store), *arguments],
+        [sys.executable, "-m", __name__, *command.split(), "--store", str(store), *arguments],
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -63,7 +63,7 @@ def test_experts_one_by_one_in_any_order_give_the_bits_of_all_at_once(step: Step
     contributions = torch.full((*step.expert_ids.shape, step.hidden_states.shape[1]), torch.nan)
     for expert in reversed(step.experts):
         experts.contribute(one_by_one, {expert: SLOTS[expert]}, contributions)
-    experts.sum_in_order(one_by_one, contributions)
+    experts.finish(one_by_one, {}, contributions)
 
     assert torch.equal(one_by_one.out, at_once.out)
 

@@ -52,9 +52,16 @@ class WatchedDevice:
         if self._watcher("copy_in", slot.name):
             self._device.copy_in(source, slot, offset, nbytes)
 
-    def launch(self, work: Callable[[], None], *, reads: Sequence[Buffer] = (), writes: Sequence[Buffer] = ()) -> None:
+    def launch(
+        self,
+        work: Callable[[], None],
+        *,
+        reads: Sequence[Buffer] = (),
+        writes: Sequence[Buffer] = (),
+        is_awaited: bool = False,
+    ) -> None:
         if self._watcher("launch", ""):
-            self._device.launch(work, reads=reads, writes=writes)
+            self._device.launch(work, reads=reads, writes=writes, is_awaited=is_awaited)
 
     def computing(self) -> AbstractContextManager[None]:
         return self._device.computing()
