@@ -19,6 +19,8 @@ from protocol.version import LIBRARY_VERSION
 
 if TYPE_CHECKING:
     from expertd.admin import LoadOutcome
+    from expertd.convert.checkpoint import CheckpointFiles
+    from expertd.convert.config import QuantizeConfig
     from protocol.control_client import ControlClient
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
@@ -39,7 +41,9 @@ def cli() -> None:
 @click.option("--revision", help="Branch, tag or commit of a repository on the Hub [default: main].")
 @click.option("--discard-source", is_flag=True, help="Delete each shard that was fetched from the Hub after its use.")
 @click.option("--force", is_flag=True, help="Replace an existing store.")
-@click.option("--jobs", type=click.IntRange(1, 256), default=None, help="Worker processes [default: one a processor].")
+@click.option(
+    "--jobs", type=click.IntRange(1, 256), default=None, help="Worker processes [default: one a processor, in 3 GB]."
+)
 def quantize(
     source: str,
     store: Path,
@@ -47,6 +51,7 @@ def quantize(
     config: Path | None,
     revision: str | None,
     discard_source: bool,
+    plan: bool,
     force: bool,
     jobs: int | None,
 ) -> None:
@@ -56,7 +61,6 @@ def quantize(
     """
     from expertd.convert.config import QuantizeConfig, load_config
     from expertd.convert.errors import ConvertError
-    from expertd.convert.quantize import quantize_source
     from expertd.convert.source import open_source
     from expertd.store import path_problem
 
@@ -66,20 +70,14 @@ def quantize(
     try:
         schemes = QuantizeConfig() if config is None else load_config(config)
         files = open_source(source, revision=revision, discards=discard_source)
-        with conversion_progress() as on_progress:
-            manifest = quantize_source(
-                files,
-                store,
-                schemes,
-                force=force,
-                n_jobs=jobs or len(os.sched_getaffinity(0)),
-                discards=discard_source,
-                on_progress=on_progress,
-            )
+        if plan:
+            from expertd.convert.dry_run import forecast
+
+            click.echo(forecast(files, schemes, n_jobs=jobs))
+        else:
+            _quantize(files, store, schemes, force=force, jobs=jobs, discards=discard_source)
     except ConvertError as error:
         raise ExpertdError(str(error)) from None
-    nbytes = manifest.experts_nbytes + manifest.dense_nbytes
-    click.echo(f"expertd: {store} is made: {nbytes / 1e9:.2f} GB, digest {manifest.digest[:12]}", err=True)
 
 
 @cli.command()
@@ -239,6 +237,19 @@ def _naming(store: Path) -> Iterator[None]:
         if str(error).startswith(str(store)):
             raise
         raise StoreInvalid(f"{store}: {error}") from None
+
+
+def _quantize(
+    files: "CheckpointFiles", store: Path, schemes: "QuantizeConfig", *, force: bool, jobs: int | None, discards: bool
+) -> None:
+    from expertd.convert.quantize import quantize_source
+
+    with conversion_progress() as on_progress:
+        manifest = quantize_source(
+            files, store, schemes, force=force, n_jobs=jobs, discards=discards, on_progress=on_progress
+        )
+    nbytes = manifest.experts_nbytes + manifest.dense_nbytes
+    click.echo(f"expertd: {store} is made: {nbytes / 1e9:.2f} GB, digest {manifest.digest[:12]}", err=True)
 
 
 def _start_in_foreground(

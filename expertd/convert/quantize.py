@@ -18,6 +18,7 @@ from expertd.convert.errors import CheckpointError, ConfigError, ConvertError, E
 from expertd.convert.interruption import Interruption, interruption
 from expertd.convert.journal import open_journal
 from expertd.convert.local_folder import LocalFolder
+from expertd.convert.memory import jobs_that_fit, records_budget_nbytes
 from expertd.convert.plan import StorePlan, plan_store
 from expertd.convert.staging import Staging, check_target, disk_errors, kept_nbytes, staged
 from expertd.convert.work import Progress, StoreWork
@@ -43,7 +44,7 @@ class _Order:
     source: Checkpoint
     plan: StorePlan
     config: QuantizeConfig
-    n_jobs: int
+    n_jobs: int | None
     discards: bool
     on_progress: Callable[[Progress], None]
 
@@ -61,7 +62,7 @@ def quantize_checkpoint(
     config: QuantizeConfig,
     *,
     force: bool,
-    n_jobs: int,
+    n_jobs: int | None,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
     """Write the store of a checkpoint in a local folder, as quantize_source does."""
@@ -75,17 +76,18 @@ def quantize_source(
     config: QuantizeConfig,
     *,
     force: bool,
-    n_jobs: int,
+    n_jobs: int | None,
     discards: bool = False,
     on_progress: Callable[[Progress], None],
 ) -> Manifest:
     """Write the store of a checkpoint with `n_jobs` worker processes; return its manifest; raise ConvertError.
 
+    None are as many as there are processors for and as fit into memory.LIMIT_NBYTES, which then bounds all processes.
     `on_progress` is called in the calling thread after every matrix. In the main thread SIGINT ends the work with
     KeyboardInterrupt, SIGTERM with Terminated; then, as after most errors, what is finished is kept for the next run.
     With `discards` shards that have to be fetched are deleted after their use.
     """
-    if n_jobs < 1:
+    if n_jobs is not None and n_jobs < 1:
         raise ConfigError(f"worker processes: at least 1 is expected, {n_jobs} came")
     target = Path(os.path.realpath(store))
     check_target(target, force=force)
@@ -124,6 +126,7 @@ def _write_records(order: _Order, staging: Staging, asked: Interruption) -> dict
     target, plan = order.target, order.plan
     names = tuple(file.name for file in plan.files)
     job = Job(str(staging.path), str(target), names, order.config)
+    n_jobs = order.n_jobs or jobs_that_fit(plan, len(os.sched_getaffinity(0)))
     fetch_job = order.files.fetch_job(staging.folder / "source" if order.discards else None)
     with (
         record_files_with_headers(staging.path, target, plan.files) as record_files,
@@ -136,9 +139,10 @@ def _write_records(order: _Order, staging: Staging, asked: Interruption) -> dict
             staging,
             paths=order.files.paths(),
             fetch_job=fetch_job,
+            budget_nbytes=records_budget_nbytes(n_jobs) if order.n_jobs is None else None,
             on_progress=order.on_progress,
         )
-        do_work(work, job, fetch_job, asked, n_jobs=min(order.n_jobs, work.n_left))
+        do_work(work, job, fetch_job, asked, n_jobs=min(n_jobs, work.n_left))
         for name in names:
             asked.check()
             record_files.sync(name)

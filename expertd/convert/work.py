@@ -10,6 +10,7 @@ from pathlib import Path
 from expertd.convert.checkpoint import Checkpoint
 from expertd.convert.fetch_messages import Fetched, FetchJob, FetchProgress
 from expertd.convert.journal import Journal
+from expertd.convert.memory import record_need_nbytes
 from expertd.convert.plan import PlannedRecord, StorePlan
 from expertd.convert.schedule import Schedule
 from expertd.convert.shard import Shard
@@ -35,7 +36,9 @@ class Progress:
 
 
 class StoreWork:
-    """The work of one run. `paths` are the shards that are on this disk from the beginning."""
+    """The work of one run. `paths` are the shards that are on this disk from the beginning; what workers hold together
+    stays below the budget, if there is one.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class StoreWork:
         *,
         paths: dict[str, str],
         fetch_job: FetchJob | None,
+        budget_nbytes: int | None,
         on_progress: Callable[[Progress], None],
     ) -> None:
         self._checkpoint, self._plan, self._journal, self._staging = checkpoint, plan, journal, staging
@@ -65,6 +69,8 @@ class StoreWork:
             list(self._shards),
             here=frozenset(paths),
             n_ahead=None if fetch_job is None or fetch_job.folder is None else N_SHARDS_AHEAD,
+            costs={number: record_need_nbytes(plan.records[number]) for number in needs},
+            budget=budget_nbytes,
         )
         finished = [matrix for number in journal.done for matrix in plan.records[number].matrices]
         self._done_nbytes, self._tensor = sum(map(checkpoint.nbytes, finished)), ""

@@ -8,6 +8,7 @@ outlives the converter.
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from expertd.convert.errors import ConvertError, EncodeFailed, NotFinite
-from expertd.convert.shard import read_tensor
+from expertd.convert.errors import ConvertError, EncodeFailed
+from expertd.convert.matrices import fits_fp16, read_matrix, strips
 from expertd.convert.worker_messages import (
     Event,
     Failed,
@@ -38,7 +39,7 @@ from quant.encode import encode_part
 from quant.errors import QuantError
 from quant.weight_error import weight_error
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE_NBYTES = 4 << 20
 
 
 def main(job_text: str) -> None:
@@ -71,11 +72,11 @@ class _Encoder:
         schemes, weight_errors = [], []
         for index, (span, (begin, end)) in enumerate(zip(spans, pairwise(bounds), strict=True)):
             part, encoded, lost = self._encode_matrix(task.matrices[index], span.part)
-            # The padding up to the next part, or to the record's end, belongs to what is written and checked.
-            data = bytearray(end - begin)
-            torch.frombuffer(data, dtype=torch.uint8)[: span.nbytes] = encoded
-            self.files.write(task.file, task.offset + begin, data)
-            checksum.update(data)
+            offset = begin
+            for data in _padded(encoded, end - begin):
+                self.files.write(task.file, task.offset + offset, data)
+                checksum.update(data)
+                offset += len(data)
             schemes.append(part.scheme)
             weight_errors.append(lost)
             _tell(self.events, MatrixDone(task.record, index))
@@ -83,7 +84,7 @@ class _Encoder:
 
     def _encode_matrix(self, matrix: MatrixSource, planned: Part) -> tuple[Part, Tensor, float]:
         """Return the part with the scheme that its weights allow, its bytes, u8 [part_nbytes], and what they lost."""
-        weight = _read(matrix, planned)  # [rows, cols]
+        weight = read_matrix(matrix, planned.rows, planned.cols)
         part = _fitting_part(weight, planned)
         try:
             encoded = encode_part(weight, part, solver=self.solver, refine=self.refine)
@@ -99,18 +100,19 @@ def _run(job: Job, events: int) -> None:
             encoder.encode(load_task(line))
 
 
-def _read(matrix: MatrixSource, part: Part) -> Tensor:
-    """Return one matrix as [rows, cols] in the checkpoint's type; raise CheckpointError or NotFinite."""
-    data = read_tensor(Path(matrix.path), matrix.place, matrix.hub_name)
-    weight = torch.frombuffer(data, dtype=_DTYPES[matrix.place.slot.dtype])
-    if not bool(weight.isfinite().all()):
-        raise NotFinite(f"{matrix.hub_name}: holds weights that are NaN or infinite; the checkpoint is damaged")
-    return weight.reshape(part.rows, part.cols)
+def _padded(encoded: Tensor, nbytes: int) -> Iterator[bytearray]:
+    """Yield a part's bytes in pieces, then zeros: the padding up to the next part is written and checked like it."""
+    for piece in strips(encoded, _PIECE_NBYTES):
+        data = bytearray(piece.numel())
+        torch.frombuffer(data, dtype=torch.uint8)[:] = piece
+        yield data
+    if nbytes > encoded.numel():
+        yield bytearray(nbytes - encoded.numel())
 
 
 def _fitting_part(weight: Tensor, planned: Part) -> Part:
     """Return the part with the scheme that holds the weights: bf16 for those that fp16 would make infinite."""
-    if planned.scheme == FP16.name and not bool(weight.half().isfinite().all()):
+    if planned.scheme == FP16.name and not fits_fp16(weight):
         return replace(planned, scheme=BF16.name)
     return planned
 

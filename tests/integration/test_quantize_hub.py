@@ -218,3 +218,14 @@ def test_a_repository_of_another_kind_is_refused_from_its_configuration(server: 
 
     assert said == "expertd: config.json: model_type 'llama' is not supported; 'mixtral' is\n"
     assert names_in(out) == []
+
+
+def test_a_plan_is_made_from_the_headers_alone_and_leaves_nothing(server: HubServer, out: Path) -> None:
+    with start(server, out, "--plan") as process:
+        text, said = process.communicate()
+
+    assert (process.returncode, said) == (0, "")
+    assert text.startswith(f"{REPO}: 2 layers of 4 experts, 2 per token, ")
+    assert "time: about " in text
+    assert names_in(out) == []
+    assert [len(server.sent_of(name)) for name in SHARDS] == [1, 1, 1]

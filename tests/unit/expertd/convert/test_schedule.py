@@ -96,3 +96,24 @@ def test_whatever_the_split_all_is_done() -> None:
 
     assert sorted(finished) == list(splits)
     assert schedule.is_done
+
+
+def test_what_is_worked_on_at_once_stays_within_the_budget() -> None:
+    costs = {0: 5, 1: 5, 2: 3}
+    schedule = Schedule(needs("a", "a", "a"), ["a"], here=frozenset("a"), n_ahead=None, costs=costs, budget=8)
+
+    first = records_of(schedule)
+    schedule.finish(0)
+
+    assert first == [0, 2]
+    assert records_of(schedule) == [1]
+
+
+def test_a_record_that_is_dearer_than_the_budget_is_worked_on_alone() -> None:
+    schedule = Schedule(needs("a", "a"), ["a"], here=frozenset("a"), n_ahead=None, costs={0: 9, 1: 1}, budget=8)
+
+    alone = records_of(schedule)
+    schedule.finish(0)
+
+    assert alone == [0]
+    assert records_of(schedule) == [1]
