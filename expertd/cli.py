@@ -40,9 +40,13 @@ def cli() -> None:
 )
 @click.option("--revision", help="Branch, tag or commit of a repository on the Hub [default: main].")
 @click.option("--discard-source", is_flag=True, help="Delete each shard that was fetched from the Hub after its use.")
+@click.option("--plan", is_flag=True, help="Make nothing; say sizes, memory and time, from headers and one expert.")
 @click.option("--force", is_flag=True, help="Replace an existing store.")
 @click.option(
-    "--jobs", type=click.IntRange(1, 256), default=None, help="Worker processes [default: one a processor, in 3 GB]."
+    "--jobs",
+    type=click.IntRange(1, 256),
+    default=None,
+    help="Worker processes [default: one a processor, within 3 GB].",
 )
 def quantize(
     source: str,

@@ -22,7 +22,7 @@ from expertd.convert.mixtral import (
 )
 from expertd.convert.safetensors_header import TensorSlot
 from expertd.convert.shard import Shard, TensorPlace, read_tensor
-from expertd.convert.side_files import CONFIG_FILE, SIDE_FILES_NBYTES_MAX
+from expertd.convert.side_files import CONFIG_FILE, read_side_files
 from protocol.mixtral_config import GENERATION_CONFIG_FILE, MixtralConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -115,7 +115,7 @@ def _checked(files: CheckpointFiles) -> tuple[MixtralConfig, dict[str, bytes], d
     names = files.names()
     if CONFIG_FILE not in names:
         raise CheckpointError(f"{files.place}: no {CONFIG_FILE}; the files of a Hugging Face checkpoint are expected")
-    side_files = {name: files.read(name, nbytes) for name, nbytes in SIDE_FILES_NBYTES_MAX.items() if name in names}
+    side_files = read_side_files(names, files.read)
     config = read_config(side_files[CONFIG_FILE], side_files.get(GENERATION_CONFIG_FILE))
     tensors = _locate_tensors(files, names)
     _check_tensors(config, {name: place.slot for name, place in tensors.items()})

@@ -43,7 +43,7 @@ def test_every_scheme_has_a_row_and_the_configured_one_its_own(tmp_path: Path) -
 def test_a_scheme_that_does_not_fit_the_model_says_so(tmp_path: Path) -> None:
     lines = text_for(write_checkpoint(tmp_path / "c", intermediate=96), QuantizeConfig(experts="16bit"))
 
-    assert [line for line in lines if "do not divide" in line][0].split()[:2] == ["8bit-g64", "-"]
+    assert next(line for line in lines if "do not divide" in line).split()[:2] == ["8bit-g64", "-"]
 
 
 def test_the_size_is_that_of_the_planned_records(tmp_path: Path) -> None:
