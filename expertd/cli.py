@@ -247,13 +247,21 @@ def _quantize(
     files: "CheckpointFiles", store: Path, schemes: "QuantizeConfig", *, force: bool, jobs: int | None, discards: bool
 ) -> None:
     from expertd.convert.quantize import quantize_source
+    from expertd.convert.written import added_error
 
     with conversion_progress() as on_progress:
-        manifest = quantize_source(
+        made = quantize_source(
             files, store, schemes, force=force, n_jobs=jobs, discards=discards, on_progress=on_progress
         )
+    manifest = made.manifest
     nbytes = manifest.experts_nbytes + manifest.dense_nbytes
     click.echo(f"expertd: {store} is made: {nbytes / 1e9:.2f} GB, digest {manifest.digest[:12]}", err=True)
+    if made.n_quantized_before:
+        click.echo(
+            f"expertd: {made.n_quantized_before} of its matrices were quantized before; to what they had lost then, "
+            f"{manifest.schemes.experts} adds an error of {added_error(manifest):.1%} to the experts' weights",
+            err=True,
+        )
 
 
 def _start_in_foreground(

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from expertd.convert.errors import CheckpointError, MalformedCheckpoint, WrongTensor
 from expertd.convert.fetch_messages import FetchJob
+from expertd.convert.hqq_layout import HqqPlace, MatrixPlace, find_hqq, prefix_of
 from expertd.convert.json_file import parse_object
 from expertd.convert.local_folder import LocalFolder
 from expertd.convert.mixtral import (
@@ -68,36 +69,45 @@ class CheckpointFiles(Protocol):
 class Checkpoint:
     """A checked checkpoint, its weights still where they are."""
 
-    def __init__(self, config: MixtralConfig, side_files: dict[str, bytes], tensors: Mapping[str, TensorPlace]) -> None:
+    def __init__(self, config: MixtralConfig, side_files: dict[str, bytes], places: Mapping[str, MatrixPlace]) -> None:
         self.config = config
         self.side_files = side_files
-        self._tensors = tensors
+        self._places = places
+
+    @property
+    def n_quantized(self) -> int:
+        """How many of the matrices are quantized already."""
+        return sum(isinstance(place, HqqPlace) for place in self._places.values())
 
     def dtype(self, matrix: Matrix) -> str:
-        """Return the type of that matrix's weights: F32, F16 or BF16."""
-        return self.place_of(matrix).slot.dtype
+        """Return the type of that matrix's weights: F32, F16 or BF16; of quantized ones what they are computed in."""
+        place = self.place_of(matrix)
+        return place.slot.dtype if isinstance(place, TensorPlace) else "F32"
 
     def nbytes(self, matrix: Matrix) -> int:
         """Return the length of that matrix in the checkpoint."""
-        return self.place_of(matrix).slot.nbytes
+        place = self.place_of(matrix)
+        return place.slot.nbytes if isinstance(place, TensorPlace) else place.nbytes
 
-    def place_of(self, matrix: Matrix) -> TensorPlace:
+    def place_of(self, matrix: Matrix) -> MatrixPlace:
         """Return where that matrix lies."""
-        return self._tensors[matrix.hub_name]
+        return self._places[matrix.hub_name]
 
 
 class LocalCheckpoint(Checkpoint):
     """A checkpoint in a folder on this disk. `read` may be called by any thread."""
 
     def __init__(
-        self, folder: Path, config: MixtralConfig, side_files: dict[str, bytes], tensors: Mapping[str, TensorPlace]
+        self, folder: Path, config: MixtralConfig, side_files: dict[str, bytes], places: Mapping[str, MatrixPlace]
     ) -> None:
-        super().__init__(config, side_files, tensors)
+        super().__init__(config, side_files, places)
         self._folder = folder
 
     def read(self, matrix: Matrix) -> bytearray:
-        """Return the bytes of that matrix, row-major; raise CheckpointError."""
+        """Return the bytes of that matrix, row-major; raise CheckpointError, for one that is quantized too."""
         place = self.place_of(matrix)
+        if not isinstance(place, TensorPlace):
+            raise CheckpointError(f"{matrix.hub_name}: is quantized already; the original weights are needed")
         return read_tensor(self._folder / place.shard.name, place, matrix.hub_name)
 
 
@@ -111,15 +121,14 @@ def check_checkpoint(files: CheckpointFiles) -> Checkpoint:
     return Checkpoint(*_checked(files))
 
 
-def _checked(files: CheckpointFiles) -> tuple[MixtralConfig, dict[str, bytes], dict[str, TensorPlace]]:
+def _checked(files: CheckpointFiles) -> tuple[MixtralConfig, dict[str, bytes], dict[str, MatrixPlace]]:
     names = files.names()
     if CONFIG_FILE not in names:
         raise CheckpointError(f"{files.place}: no {CONFIG_FILE}; the files of a Hugging Face checkpoint are expected")
     side_files = read_side_files(names, files.read)
     config = read_config(side_files[CONFIG_FILE], side_files.get(GENERATION_CONFIG_FILE))
     tensors = _locate_tensors(files, names)
-    _check_tensors(config, {name: place.slot for name, place in tensors.items()})
-    return config, side_files, tensors
+    return config, side_files, _check_tensors(config, tensors)
 
 
 def _locate_tensors(files: CheckpointFiles, names: frozenset[str]) -> dict[str, TensorPlace]:
@@ -131,7 +140,9 @@ def _locate_tensors(files: CheckpointFiles, names: frozenset[str]) -> dict[str, 
         if name not in names:
             raise MalformedCheckpoint(f"{name}: the shard is missing; fetch the checkpoint again")
         shard, slots = files.read_header(name)
-        for tensor, slot in slots.items():
+        prefix = prefix_of(name, weight_map or {})
+        for bare, slot in slots.items():
+            tensor = prefix + bare
             if tensor in tensors:
                 raise MalformedCheckpoint(f"{name}: {tensor!r:.200} stands in another shard too")
             tensors[tensor] = TensorPlace(shard, slot)
@@ -162,6 +173,10 @@ def _weight_map(files: CheckpointFiles, names: frozenset[str]) -> dict[str, str]
 
 def _without_safetensors(place: str, names: Iterable[str]) -> str:
     pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+    if pickled == ["qmodel.pt"]:
+        return (
+            f"{place}: holds pickled weights (qmodel.pt), which can run code when they are read; quantize the original"
+        )
     if pickled:
         return (
             f"{place}: holds pickled weights ({pickled[0]:.99}), which can run code when they are read; save the model "
@@ -170,16 +185,25 @@ def _without_safetensors(place: str, names: Iterable[str]) -> str:
     return f"{place}: neither {SINGLE_FILE} nor {INDEX_FILE}; a checkpoint in safetensors format is expected"
 
 
-def _check_tensors(config: MixtralConfig, slots: Mapping[str, TensorSlot]) -> None:
-    """Raise WrongTensor unless exactly the model's tensors are there, in shape and type."""
+def _check_tensors(config: MixtralConfig, tensors: Mapping[str, TensorPlace]) -> dict[str, MatrixPlace]:
+    """Return the place of each matrix; raise WrongTensor unless exactly the model's tensors are there."""
+    places: dict[str, MatrixPlace] = {}
     expected: set[str] = set()
     for record in (*dense_records(config), *expert_records(config)):
         for matrix in record.matrices:
-            _check_tensor(matrix, slots.get(matrix.hub_name))
+            quantized = find_hqq(matrix.hub_name, matrix.rows, matrix.cols, tensors)
+            if quantized is not None:
+                places[matrix.hub_name], names = quantized
+                expected |= names
+                continue
+            place = tensors.get(matrix.hub_name)
+            _check_tensor(matrix, None if place is None else place.slot)
+            places[matrix.hub_name] = tensors[matrix.hub_name]
             expected.add(matrix.hub_name)
-    for name in slots:
+    for name in tensors:
         if name not in expected and not is_needless(name, config):
             raise WrongTensor(f"{name!r:.200}: a Mixtral has no such tensor; leaving it out would change the model")
+    return places
 
 
 def _check_tensor(matrix: Matrix, slot: TensorSlot | None) -> None:

@@ -56,6 +56,14 @@ class _Order:
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A store that was made, and how many of the checkpoint's matrices were quantized before."""
+
+    manifest: Manifest
+    n_quantized_before: int
+
+
 def quantize_checkpoint(
     checkpoint: Path,
     store: Path,
@@ -67,7 +75,7 @@ def quantize_checkpoint(
 ) -> Manifest:
     """Write the store of a checkpoint in a local folder, as quantize_source does."""
     files = LocalFolder(checkpoint)
-    return quantize_source(files, store, config, force=force, n_jobs=n_jobs, on_progress=on_progress)
+    return quantize_source(files, store, config, force=force, n_jobs=n_jobs, on_progress=on_progress).manifest
 
 
 def quantize_source(
@@ -79,8 +87,8 @@ def quantize_source(
     n_jobs: int | None,
     discards: bool = False,
     on_progress: Callable[[Progress], None],
-) -> Manifest:
-    """Write the store of a checkpoint with `n_jobs` worker processes; return its manifest; raise ConvertError.
+) -> Made:
+    """Write the store of a checkpoint with `n_jobs` worker processes; return what was made; raise ConvertError.
 
     None are as many as there are processors for and as fit into memory.LIMIT_NBYTES, which then bounds all processes.
     `on_progress` is called in the calling thread after every matrix. In the main thread SIGINT ends the work with
@@ -104,7 +112,7 @@ def quantize_source(
         write_file(staging.path, target, MANIFEST_FILE, dump_manifest(manifest))
         asked.check()
         staging.commit(force=force)
-    return manifest
+    return Made(manifest, source.n_quantized)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from expertd.convert.checkpoint import Checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import ConvertError
 from expertd.convert.fetch_messages import Fetched, FetchProgress
+from expertd.convert.hqq_layout import HqqPlace, MatrixPlace, Order
 from expertd.convert.plan import PlannedRecord
 from expertd.convert.safetensors_header import TensorSlot
 from expertd.convert.shard import Shard, TensorPlace
@@ -43,7 +44,7 @@ class MatrixSource:
 
     hub_name: str
     path: str
-    place: TensorPlace
+    place: MatrixPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,14 @@ def load_event(line: bytes) -> Event:
             raise ValueError(f"no event of a worker: {other!r:.80}")
 
 
-def _load_place(document: dict[str, dict[str, Any]]) -> TensorPlace:
+def _load_place(document: dict[str, Any]) -> MatrixPlace:
+    if "codes" not in document:
+        return _load_tensor_place(document)
+    tensors = {"codes": _load_tensor_place(document["codes"])}
+    values = {word: tuple(map(_load_tensor_place, document[word])) for word in ("scale", "zero")}
+    return HqqPlace(**document | tensors | values | {"order": Order(document["order"])})
+
+
+def _load_tensor_place(document: dict[str, dict[str, Any]]) -> TensorPlace:
     slot = document["slot"]
     return TensorPlace(Shard(**document["shard"]), TensorSlot(**slot | {"shape": tuple(slot["shape"])}))

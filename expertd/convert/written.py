@@ -1,6 +1,7 @@
 """What a manifest says of the records that were written. Pure."""
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,12 @@ class WrittenRecord:
 
     record: Record
     weight_errors: tuple[float, ...]
+
+
+def added_error(manifest: Manifest) -> float:
+    """Return ||w - ŵ|| / ||w|| of the experts, w as the checkpoint has it: the root of the mean square of all."""
+    errors = [lost for key in manifest.experts for lost in manifest.weight_errors[str(key)]]
+    return math.sqrt(sum(lost**2 for lost in errors) / len(errors))
 
 
 def written(planned: PlannedRecord, done: RecordDone) -> WrittenRecord:
