@@ -23,7 +23,7 @@ from quant.errors import (
 LIBRARY_FILE = "libexpertd_kernels.so"
 
 # Changes with the signatures or the meaning of anything the library exports.
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 
 OK = 0
 

@@ -52,6 +52,16 @@ class Workspace:
             check_status(self._library.expertd_workspace_stop(address), "closing a workspace")
         self.address = None
 
+    @property
+    def products_s(self) -> float:
+        """The seconds that calls spent in matrix products so far, waits for threads included; 0 without the library."""
+        if self.address is None or self._library is None:
+            return 0.0
+        products_ns = ctypes.c_int64()
+        status = self._library.expertd_workspace_products_ns(self.address, ctypes.byref(products_ns))
+        check_status(status, "the time of products")
+        return products_ns.value / 1e9
+
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Keep the threads awake between calls that follow each other closely, as a token's do.

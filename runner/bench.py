@@ -47,6 +47,7 @@ class Bench:
     plan: BenchPlan
     prefill: Speed | None
     decode: Speed | None
+    outside_s: tuple[float, ...]  # of a decoded token: all but matrix products on the CPU, a sample a run
     n_threads: int
     is_exact: bool
     has_c_kernels: bool
@@ -60,11 +61,12 @@ def bench(engine: Engine, plan: BenchPlan) -> Bench:
     counted_before = engine.counters
     with engine.awake():
         prefill = _prefill(engine, plan, generator) if plan.prompt_tokens else None
-        decode = _decode(engine, plan, generator) if plan.decode_tokens else None
+        decode, outside_s = _decode(engine, plan, generator) if plan.decode_tokens else (None, ())
     return Bench(
         plan=plan,
         prefill=prefill,
         decode=decode,
+        outside_s=outside_s,
         n_threads=engine.n_threads,
         is_exact=engine.settings.exact,
         has_c_kernels=has_c_library(),
@@ -84,22 +86,25 @@ def _prefill(engine: Engine, plan: BenchPlan, generator: torch.Generator) -> Spe
     return Speed(tuple(samples[1:]))
 
 
-def _decode(engine: Engine, plan: BenchPlan, generator: torch.Generator) -> Speed:
+def _decode(engine: Engine, plan: BenchPlan, generator: torch.Generator) -> tuple[Speed, tuple[float, ...]]:
+    """Return the speed, and each run's seconds a token outside of matrix products."""
     sequence = engine.new_sequence(plan.context_tokens + plan.decode_tokens)
     if plan.context_tokens:
         sequence.append(_random_tokens(engine, plan.context_tokens, generator))
         engine.step([sequence])
-    samples = []
+    samples, outside_s = [], []
     for _ in range(1 + plan.runs):
         token_ids = _random_tokens(engine, plan.decode_tokens, generator)
-        started = perf_counter()
+        started, products_before_s = perf_counter(), engine.products_s
         for token_id in token_ids:
             sequence.append([token_id])
             engine.step([sequence])
-        samples.append(plan.decode_tokens / (perf_counter() - started))
+        elapsed_s = perf_counter() - started
+        samples.append(plan.decode_tokens / elapsed_s)
+        outside_s.append((elapsed_s - (engine.products_s - products_before_s)) / plan.decode_tokens)
         # Back to the end of the context: what lies behind `length` counts for nothing.
         sequence.kv_cache.length = plan.context_tokens
-    return Speed(tuple(samples[1:]))
+    return Speed(tuple(samples[1:])), tuple(outside_s[1:])
 
 
 def _random_tokens(engine: Engine, n_tokens: int, generator: torch.Generator) -> list[int]:

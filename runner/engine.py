@@ -209,6 +209,11 @@ class Engine:
             yield
 
     @property
+    def products_s(self) -> float:
+        """The seconds spent in matrix products on the CPU so far; what else a step takes is outside of them."""
+        return self._workspace.products_s
+
+    @property
     def counters(self) -> Counters | None:
         """What the expert cache counted until now; None where experts are computed in place."""
         return None if self._cache is None else self._cache.counters

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from statistics import median
 
 from runner.bench import Bench, Speed
 from runner.comparison import Comparison
@@ -81,6 +82,7 @@ def bench_lines(bench: Bench) -> list[str]:
     if bench.decode is not None:
         behind = f"decode of {plan.decode_tokens} tokens behind {plan.context_tokens}"
         lines.append(f"{behind}: {_spread(bench.decode)}")
+        lines.append(f"  of a token {median(bench.outside_s) * 1e3:.2f} ms outside of matrix products")
     kernels = "C kernels" if bench.has_c_kernels else "no C kernels"
     lines.append(
         f"{bench.n_threads} threads, {kernels}{', exact' if bench.is_exact else ''} · "
@@ -112,6 +114,7 @@ def bench_figures(bench: Bench) -> dict[str, object]:
         | _cache_figures(bench.expert_cache)
         | _speed_figures("prefill", bench.prefill)
         | _speed_figures("decode", bench.decode)
+        | {"decode_outside_products_s": median(bench.outside_s) if bench.outside_s else None}
     )
 
 

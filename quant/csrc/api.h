@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define EXPERTD_ABI_VERSION 4
+#define EXPERTD_ABI_VERSION 5
 #define EXPERTD_EXPORT __attribute__((visibility("default")))
 
 /* The ways a part is stored, protocol/schemes.py. */
@@ -79,6 +79,10 @@ EXPERTD_EXPORT int expertd_workspace_start(int64_t n_threads, struct expertd_wor
 
 /* Whether the threads wait awake for up to 100 us after each call; without it they sleep at once. */
 EXPERTD_EXPORT int expertd_workspace_stay_awake(struct expertd_workspace *workspace, int64_t stays_awake);
+
+/* products_ns = how long calls with this workspace spent in matrix products so far, from rounding activations to the last
+ * sum, with what they waited for its threads: what is left of a program's time is spent outside of them. */
+EXPERTD_EXPORT int expertd_workspace_products_ns(const struct expertd_workspace *workspace, int64_t *products_ns);
 
 EXPERTD_EXPORT int expertd_workspace_stop(struct expertd_workspace *workspace);
 

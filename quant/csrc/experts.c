@@ -350,10 +350,12 @@ int expertd_compute_experts(struct expertd_workspace *workspace, const struct ex
     if (status != EXPERTD_OK) {
         return status;
     }
+    int64_t start_ns = now_ns();
     status = run_rounds(workspace, choice, is_exact != 0);
     if (status == EXPERTD_OK && choice->out != NULL) {
         sum_all(workspace, choice);
     }
+    count_products(workspace, start_ns);
     leave(workspace);
     return status;
 }

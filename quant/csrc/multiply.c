@@ -129,7 +129,9 @@ int expertd_multiply(struct expertd_workspace *workspace, const struct expertd_p
     if (status != EXPERTD_OK) {
         return status;
     }
+    int64_t start_ns = now_ns();
     status = run_products(workspace, &products);
+    count_products(workspace, start_ns);
     leave(workspace);
     return status;
 }

@@ -2,6 +2,8 @@
 
 #include "workspace.h"
 
+#include "part.h"
+
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -48,6 +50,7 @@ struct expertd_workspace {
     item_function *compute; /* of the job that the ticket names; read only by who took an item of it */
     void *context;
     int64_t first_item;
+    int64_t products_ns;
     pid_t pid; /* threads do not survive a fork */
     int64_t n_others;
     pthread_t *others;
@@ -62,7 +65,7 @@ static void futex_wake(_Atomic uint32_t *word, int n) {
     syscall(SYS_futex, (uint32_t *)word, FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0);
 }
 
-static int64_t now_ns(void) {
+int64_t now_ns(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * (int64_t)1000000000 + now.tv_nsec;
@@ -196,6 +199,10 @@ int enter(struct expertd_workspace *workspace) {
     return atomic_exchange(&workspace->is_entered, true) ? EXPERTD_BUSY : EXPERTD_OK;
 }
 
+void count_products(struct expertd_workspace *workspace, int64_t start_ns) {
+    workspace->products_ns += now_ns() - start_ns;
+}
+
 void leave(struct expertd_workspace *workspace) { atomic_store(&workspace->is_entered, false); }
 
 static void free_workspace(struct expertd_workspace *workspace) {
@@ -253,6 +260,17 @@ int expertd_workspace_stay_awake(struct expertd_workspace *workspace, int64_t st
         return EXPERTD_NO_WORKSPACE;
     }
     atomic_store(&workspace->stays_awake, stays_awake != 0);
+    return EXPERTD_OK;
+}
+
+int expertd_workspace_products_ns(const struct expertd_workspace *workspace, int64_t *products_ns) {
+    if (workspace == NULL) {
+        return EXPERTD_NO_WORKSPACE;
+    }
+    if (!is_aligned_to(8, products_ns)) {
+        return EXPERTD_BAD_ALIGNMENT;
+    }
+    *products_ns = workspace->products_ns;
     return EXPERTD_OK;
 }
 

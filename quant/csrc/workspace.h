@@ -25,6 +25,10 @@ int64_t n_threads_of(const struct expertd_workspace *workspace);
 enum { SCRATCH_SLOTS = 4 };
 void *scratch(struct expertd_workspace *workspace, int slot, int64_t nbytes);
 
+/* Count the time since `start_ns`, of now_ns(), as spent in products. Called by who entered the workspace. */
+int64_t now_ns(void);
+void count_products(struct expertd_workspace *workspace, int64_t start_ns);
+
 /* Return EXPERTD_OK if this call may use the workspace now, and take it; every enter() has its leave(). */
 int enter(struct expertd_workspace *workspace);
 void leave(struct expertd_workspace *workspace);

@@ -12,6 +12,7 @@ import torch
 
 from expertd.convert.config import QuantizeConfig
 from protocol.handles import ExpertKey
+from quant.library import has_c_library
 from runner.bench import BenchPlan, bench
 from runner.config import RunnerConfig
 from runner.engine import Engine
@@ -47,6 +48,16 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(synthetic: Path) -> Iterator[Engine]:
     with Engine(LocalStore(synthetic), RunnerConfig(threads=1, context=16)) as engine:
         yield engine
+
+
+@pytest.mark.skipif(not has_c_library(), reason="the C library was not built")
+def test_the_time_outside_of_products_is_a_part_of_a_tokens_time(engine: Engine) -> None:
+    measured = bench(engine, PLAN)
+
+    assert measured.decode is not None
+    assert len(measured.outside_s) == PLAN.runs
+    for outside_s, tokens_per_s in zip(measured.outside_s, measured.decode.samples, strict=True):
+        assert 0 < outside_s < 1 / tokens_per_s
 
 
 def test_every_run_counts_but_the_one_that_warms_up(engine: Engine) -> None:

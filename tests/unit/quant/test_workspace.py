@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import torch
@@ -268,3 +269,24 @@ def assert_idle(others: set[int]) -> None:
     for _ in range(100):
         x @ x
     assert {thread_id: times_of(thread_id) for thread_id in others} == before
+
+
+def test_the_time_of_products_is_counted() -> None:
+    x = gaussian(1, 64, std=1.0)
+    with Workspace(2) as workspace:
+        product = product_of(workspace)
+        before = workspace.products_s
+
+        started_s = perf_counter()
+        product(x)
+        elapsed_s = perf_counter() - started_s
+
+        assert before == 0
+        assert 0 < workspace.products_s <= elapsed_s
+
+
+def test_a_closed_workspace_spends_no_time() -> None:
+    workspace = Workspace(1)
+    workspace.close()
+
+    assert workspace.products_s == 0
