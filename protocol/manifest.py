@@ -95,7 +95,7 @@ class Manifest:
     dense: dict[str, Record]
     files: tuple[SideFile, ...]
     weight_errors: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by record: ||w - ŵ|| / ||w|| by part
-    read_digest: str | None = field(default=None, init=False, compare=False)  # of the bytes it was read from
+    read_from: bytes | None = field(default=None, init=False, compare=False, repr=False)  # the bytes, digest and all
 
     @property
     def experts_nbytes(self) -> int:
@@ -110,11 +110,14 @@ class Manifest:
     @property
     def digest(self) -> str:
         """The sha256 that names this content, in hex."""
-        return self.read_digest or hashlib.sha256(_canonical(_document(self))).hexdigest()
+        # What it was read from has been checked: its head is right.
+        return _digest_at_head(dump_manifest(self))
 
 
 def dump_manifest(manifest: Manifest) -> bytes:
-    """Return the bytes of manifest.json."""
+    """Return the bytes of manifest.json: those it was read from, whatever this version would have written."""
+    if manifest.read_from is not None:
+        return manifest.read_from
     body = _canonical(_document(manifest))
     return _HEAD.replace(b"?", hashlib.sha256(body).hexdigest().encode()) + body[1:]
 
@@ -124,17 +127,23 @@ def manifest_digest(data: bytes) -> str:
     if len(data) > MANIFEST_NBYTES_MAX:
         raise ManifestError(f"{MANIFEST_FILE}: more than the {MANIFEST_NBYTES_MAX} bytes that are allowed")
     start, end = _HEAD.split(b"?")
-    digest, rest = data[len(start) : len(start) + 64], data[len(start) + 64 :]
+    rest = data[len(start) + 64 :]
     if not data.startswith(start) or not rest.startswith(end):
         raise ManifestError(f"{MANIFEST_FILE}: it does not begin with a digest; this is no store's manifest")
-    if hashlib.sha256(b"{" + rest[len(end) :]).hexdigest().encode() != digest:
+    digest = hashlib.sha256(b"{" + rest[len(end) :]).hexdigest()
+    if digest != _digest_at_head(data):
         raise ManifestError(f"{MANIFEST_FILE}: its digest does not match its content; the file was changed or cut")
-    return digest.decode()
+    return digest
+
+
+def _digest_at_head(data: bytes) -> str:
+    start = _HEAD.index(b"?")
+    return data[start : start + 64].decode("ascii", errors="replace")
 
 
 def load_manifest(data: bytes) -> Manifest:
     """Return the manifest in those bytes; raise ManifestError unless it is whole, bounded and of this format."""
-    digest = manifest_digest(data)
+    manifest_digest(data)
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -142,7 +151,7 @@ def load_manifest(data: bytes) -> Manifest:
     _check_format_version(document)
     manifest = _read_manifest(document)
     # Set behind the constructor's back, so that a changed copy does not inherit it.
-    object.__setattr__(manifest, "read_digest", digest)
+    object.__setattr__(manifest, "read_from", data)
     return manifest
 
 

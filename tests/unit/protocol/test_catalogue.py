@@ -1,4 +1,6 @@
 import dataclasses
+import hashlib
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 from protocol.catalogue import Catalogue, decode_catalogue, encode_catalogue, plan_catalogue
 from protocol.errors import MalformedMessage, ManifestError, SegmentError
 from protocol.handles import DenseHandle, ExpertHandle, ExpertKey
+from protocol.manifest import dump_manifest, load_manifest
 from tests.support.stores import write_random_store
 
 KEY = ExpertKey(0, 1)
@@ -24,6 +27,17 @@ def with_handle(catalogue: Catalogue, **changes: int) -> Catalogue:
 
 def test_a_catalogue_comes_out_as_it_went_in(catalogue: Catalogue) -> None:
     assert decode_catalogue(encode_catalogue(catalogue)) == catalogue
+
+
+def test_a_store_that_another_version_wrote_keeps_its_digest(tmp_path: Path) -> None:
+    document = json.loads(dump_manifest(write_random_store(tmp_path / "store")))
+    del document["digest"], document["weight_errors"]
+    body = json.dumps(document, indent=1).encode()
+    older = load_manifest(b'{"digest":"' + hashlib.sha256(body).hexdigest().encode() + b'",' + body[1:])
+
+    served = decode_catalogue(encode_catalogue(plan_catalogue(older))).manifest
+
+    assert served.digest == older.digest == hashlib.sha256(body).hexdigest()
 
 
 def test_records_do_not_overlap_and_segments_are_no_longer_than_they_need(catalogue: Catalogue) -> None:
