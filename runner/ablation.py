@@ -68,6 +68,7 @@ class AblationPlan:
     token_ids: Sequence[int] | None = None
     trace: Trace | None = None
     recall: float = 1.0
+    rows: tuple[Row, ...] = ROWS
 
     @property
     def n_tokens(self) -> int:
@@ -114,16 +115,22 @@ class Ablation:
     slot_nbytes: int
     results: tuple[RowResult, ...]
 
-    def result(self, row: Row) -> RowResult:
-        """Return that row."""
-        return next(result for result in self.results if result.row is row)
+    def result(self, row: Row) -> RowResult | None:
+        """Return that row, if it was measured."""
+        return next((result for result in self.results if result.row is row), None)
 
-    def bound_s(self, row: Row) -> float | None:
-        """Return what a token of that row takes at least; None where the link's speed is not known."""
-        if self.bytes_per_s is None:
+    def times_naive(self, result: RowResult) -> float | None:
+        """Return how many times faster than the naive way a row is; None without that one."""
+        naive = self.result(Row.NAIVE)
+        return None if naive is None else naive.step_s / result.step_s
+
+    def share_of_bound(self, result: RowResult) -> float | None:
+        """Return the least a token of that row can take, over what it takes; None if the bound is not known."""
+        resident = self.result(Row.RESIDENT)
+        if self.bytes_per_s is None or resident is None:
             return None
-        n_misses = self.result(row).counters.misses / self.plan.decode_tokens
-        return max(self.result(Row.RESIDENT).step_s, n_misses * self.slot_nbytes / self.bytes_per_s)
+        n_misses = result.counters.misses / self.plan.decode_tokens
+        return max(resident.step_s, n_misses * self.slot_nbytes / self.bytes_per_s) / result.step_s
 
 
 def measure_ablation(
@@ -135,10 +142,10 @@ def measure_ablation(
     on_run: Callable[[Row], None] = lambda _: None,
 ) -> Ablation:
     """Return all rows; `opened` opens an engine of the store. Raise RunnerError, also if two rows' logits differ."""
-    results = {row: RowResult(row) for row in ROWS}
+    results = {row: RowResult(row) for row in plan.rows}
     slot_nbytes = 0
     for _ in range(plan.runs):
-        for row in ROWS:
+        for row in plan.rows:
             on_run(row)
             with opened(*_of_row(row, settings)) as engine:
                 slot_nbytes = max(record.nbytes for record in engine.store.manifest.experts.values())

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from runner.ablation import Ablation, Row, RowResult
+from runner.ablation import Ablation, RowResult
 
 _MB = 1e6
 _COLUMNS = (
@@ -56,25 +56,22 @@ def ablation_figures(ablation: Ablation) -> dict[str, object]:
 
 
 def _figures(ablation: Ablation, result: RowResult) -> dict[str, object]:
-    bound_s = ablation.bound_s(result.row)
     return {
         "tokens_per_s": 1 / result.step_s,
         "step_s_samples": [run.step_s for run in result.runs],
-        "bound_tokens_per_s": None if bound_s is None else 1 / bound_s,
-        "share_of_bound": None if bound_s is None else bound_s / result.step_s,
-        "times_naive": ablation.result(Row.NAIVE).step_s / result.step_s,
+        "share_of_bound": ablation.share_of_bound(result),
+        "times_naive": ablation.times_naive(result),
         "hit_ratio": result.counters.hit_ratio,
     } | asdict(result.counters)
 
 
 def _line(ablation: Ablation, result: RowResult) -> str:
     counters, n_tokens = result.counters, ablation.plan.decode_tokens
-    bound_s = ablation.bound_s(result.row)
     cells = (
         f"{1 / result.step_s:.2f}",
-        "-" if bound_s is None else f"{bound_s / result.step_s:.3f}",
-        f"{ablation.result(Row.NAIVE).step_s / result.step_s:.2f}",
-        "-" if counters.hit_ratio is None else f"{counters.hit_ratio:.3f}",
+        _shown(ablation.share_of_bound(result), 3),
+        _shown(ablation.times_naive(result), 2),
+        _shown(counters.hit_ratio, 3),
         f"{counters.copied_nbytes / _MB / n_tokens:.1f}",
         f"{counters.waited_s * 1e3 / n_tokens:.2f}",
         f"{counters.prefetches_issued}",
@@ -83,3 +80,7 @@ def _line(ablation: Ablation, result: RowResult) -> str:
         f"{counters.prefetches_wasted + counters.prefetches_cancelled}",
     )
     return f"{result.row.value:<12}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _shown(ratio: float | None, n_digits: int) -> str:
+    return "-" if ratio is None else f"{ratio:.{n_digits}f}"

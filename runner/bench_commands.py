@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from runner.engine import Engine
     from runner.models.opening import CachePlan
 
+# runner.ablation's, which imports torch.
+ROW_NAMES = ("resident", "full", "no prefetch", "no cache", "naive")
+
 _COUNT = click.IntRange(0, 1 << 20)
 _SEED = click.IntRange(0, (1 << 63) - 1)
 
@@ -88,6 +91,9 @@ def speed(
     type=click.FloatRange(1.01, 1e4),
     help="Take the link's speed at which the naive way takes so many times what computing alone does.",
 )
+@click.option(
+    "--row", "row_names", multiple=True, type=click.Choice(ROW_NAMES), help="Measure this one; all if not set."
+)
 @click.option("--context-tokens", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Decode behind.")
 @click.option("--decode-tokens", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Decode so many.")
 @click.option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Measure so many times.")
@@ -100,6 +106,7 @@ def ablation(
     trace_file: Path | None,
     recall: float | None,
     naive_to_compute: float | None,
+    row_names: tuple[str, ...],
     context_tokens: int,
     decode_tokens: int,
     runs: int,
@@ -114,7 +121,7 @@ def ablation(
         raise click.UsageError(f"--naive-to-compute: only with --device link:SPEED, not {settings.device}")
     text = None if text_file is None else read_text(text_file)
 
-    from runner.ablation import AblationPlan
+    from runner.ablation import ROWS, AblationPlan
     from runner.traces.reader import read_trace
 
     plan = AblationPlan(
@@ -124,6 +131,7 @@ def ablation(
         seed=bench_seed,
         trace=None if trace_file is None else read_trace(trace_file),
         recall=1.0 if recall is None else recall,
+        rows=tuple(row for row in ROWS if not row_names or row.value in row_names),
     )
     if text is not None:
         with opened(store_dir, settings) as (engine, _):

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from expertd.convert.config import QuantizeConfig
+from runner.ablation import Row
+from runner.bench_commands import ROW_NAMES
 from tests.support.local_runner import start_runner
 from tests.support.small_stores import make_small_store
 
-ROWS = ["resident", "full", "no prefetch", "no cache", "naive"]
+ROWS = list(ROW_NAMES)
 QUICK = ["--context-tokens", "8", "--decode-tokens", "6", "--runs", "1", "--threads", "1"]
 LINK = ["--device", "link:2GB/s", "--cache-experts", "4"]
 
@@ -59,6 +61,17 @@ def test_the_links_speed_can_follow_from_what_computing_takes(store: Path) -> No
 
     assert str(figures["device"]).startswith("link:")
     assert figures["device"] != "link:2GB/s"
+
+
+def test_every_row_can_be_asked_for_by_name() -> None:
+    assert [row.value for row in Row] == ROWS
+
+
+def test_single_rows_are_measured_without_what_they_would_be_compared_with(store: Path) -> None:
+    rows = rows_of(figures_of(store, *LINK, "--row", "no prefetch", "--row", "full"))
+
+    assert list(rows) == ["full", "no prefetch"]
+    assert rows["full"]["times_naive"] is rows["full"]["share_of_bound"] is None
 
 
 def test_people_read_a_table(store: Path) -> None:
