@@ -14,7 +14,7 @@ from pathlib import Path
 
 from expertd.convert.checkpoint import Checkpoint, CheckpointFiles, check_checkpoint
 from expertd.convert.config import QuantizeConfig
-from expertd.convert.errors import CheckpointError, ConfigError, ConvertError, EncodeFailed, NoDiskSpace
+from expertd.convert.errors import ConfigError, ConvertError, EncodeFailed, NoDiskSpace, NotFinite
 from expertd.convert.interruption import Interruption, interruption
 from expertd.convert.journal import open_journal
 from expertd.convert.local_folder import LocalFolder
@@ -117,10 +117,10 @@ def quantize_source(
 
 @contextmanager
 def _kept(staging: Staging) -> Iterator[None]:
-    """Say so where what is finished is kept; drop it where this checkpoint can never become this store."""
+    """Say so where what is finished is kept; drop it where these weights can never become this store."""
     try:
         yield
-    except (CheckpointError, EncodeFailed, ConfigError):
+    except (NotFinite, EncodeFailed):
         staging.keeps = False
         raise
     except ConvertError as error:

@@ -56,6 +56,7 @@ class StoreWork:
         self._on_progress = on_progress
         self._paths = dict(paths)
         self._ours: set[str] = set()
+        self._fetches_into_folder = fetch_job is not None and fetch_job.folder is not None
         needs = {
             number: frozenset(shard.name for shard in self._shards_of(planned))
             for number, planned in enumerate(plan.records)
@@ -68,7 +69,7 @@ class StoreWork:
             needs,
             list(self._shards),
             here=frozenset(paths),
-            n_ahead=None if fetch_job is None or fetch_job.folder is None else N_SHARDS_AHEAD,
+            n_ahead=N_SHARDS_AHEAD if self._fetches_into_folder else None,
             costs={number: record_need_nbytes(plan.records[number]) for number in needs},
             budget=budget_nbytes,
         )
@@ -94,7 +95,11 @@ class StoreWork:
     def next_shard(self) -> Shard | None:
         """Return a shard to fetch, None while there is none."""
         name = self._schedule.next_shard()
-        return None if name is None else self._shards[name]
+        if name is None:
+            return None
+        # What comes into the working folder is worth keeping, too.
+        self._staging.keeps |= self._fetches_into_folder
+        return self._shards[name]
 
     def take(self, event: Done) -> None:
         """Take down what was done."""
@@ -109,12 +114,9 @@ class StoreWork:
                 for name in self._schedule.finish(record):
                     self._discard(name)
             case FetchProgress(name, nbytes):
-                # What has come of a shard is worth keeping, too.
-                self._staging.keeps = True
                 self._fetched_nbytes[name] = nbytes
                 self._tell()
             case Fetched(name, path, is_ours):
-                self._staging.keeps = True
                 self._paths[name] = path
                 self._fetched_nbytes[name] = self._shards[name].nbytes
                 if is_ours:

@@ -14,7 +14,7 @@ import pytest
 
 from protocol.manifest import Manifest
 from tests.support.checkpoints import write_checkpoint
-from tests.support.half_done import children_of, go_on, manifest_of, names_in
+from tests.support.half_done import GOES_ON, children_of, go_on, is_kept, manifest_of, names_in
 from tests.support.hub_server import COMMIT, REPO, HubServer, environment, hub_server
 from tests.support.waiting import wait_for_exit, wait_until
 
@@ -142,7 +142,7 @@ def test_a_run_that_is_killed_in_the_middle_of_a_shard_goes_on_with_the_rest_of_
     server.faults.stalls_after = 40_000
     with start(server, out, "--discard-source") as process:
         assert server.faults.stalled.wait(60)
-        wait_until(lambda: [path.stat().st_size for path in out.rglob("*.expertd-part")] == [40_000], "the bytes sent")
+        wait_until(lambda: any(path.stat().st_size for path in out.rglob("*.expertd-part")), "the first bytes")
         children = children_of(process.pid)
         process.kill()
         process.communicate()
@@ -150,14 +150,35 @@ def test_a_run_that_is_killed_in_the_middle_of_a_shard_goes_on_with_the_rest_of_
         wait_for_exit(child)
     server.faults.stalls_after = None
     server.faults.go_on.set()
+    (nbytes,) = (path.stat().st_size for path in out.rglob("*.expertd-part"))
     n_before = len(server.requests)
 
     run(server, out, "--discard-source")
 
     ranges = [range_ or "" for _, path, range_, _ in server.requests[n_before:] if path == f"/cdn/{SHARDS[0]}"]
-    assert [range_.split("-")[0] for range_ in ranges] == ["bytes=0", "bytes=40000"]
+    assert [range_.split("-")[0] for range_ in ranges] == ["bytes=0", f"bytes={nbytes}"]
     assert manifest_of(out / "store") == finished
     assert names_in(out) == ["store"]
+
+
+def test_a_hub_that_refuses_in_the_middle_of_it_all_costs_nothing_that_was_done(
+    server: HubServer, out: Path, finished: Manifest
+) -> None:
+    server.faults.stalls_after = 40_000
+    with start(server, out, "--discard-source") as process:
+        assert server.faults.stalled.wait(60)
+        server.faults.statuses = [403]
+        server.faults.go_on.set()
+        _, said = process.communicate()
+    server.faults.stalls_after = None
+    was_kept = is_kept(out)
+
+    run(server, out, "--discard-source")
+
+    assert said.startswith(f"expertd: {REPO}: {SHARDS[0]}: the Hub refuses it (status 403); ")
+    assert said.endswith(f"{GOES_ON}\n")
+    assert was_kept
+    assert manifest_of(out / "store") == finished
 
 
 def test_what_is_finished_is_not_fetched_again(server: HubServer, out: Path, finished: Manifest) -> None:
