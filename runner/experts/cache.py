@@ -38,6 +38,9 @@ from runner.store_view import StoreView
 
 # So many slots belong to no layer.
 N_SPARES = 4
+# So many tokens use nearly all experts of a layer: what is copied ahead for them is no guess.
+_PREFILL_TOKENS_MIN = 16
+
 # Steps of up to so many tokens are decoding, which the guard measures.
 _DECODE_TOKENS_MAX = 8
 
@@ -166,10 +169,14 @@ class CachedExperts:
         self._begin(layer, groups)
         call = ExpertCall(layer, hidden_states, expert_ids, weights, self._new_out(n_tokens, hidden_states))
         wanted = self._request(layer, groups)
+        guesses = self._guesses if n_tokens >= _PREFILL_TOKENS_MIN else []
         launched = self._launch_at_once(call, wanted) if wanted.is_there else self._launch_as_copied(call, wanted)
         with self._lock:
             self._table.unpin(launched.values())
             self._table.settle(layer)
+        if guesses:
+            # The next layer's copies go on where this one's end: its slots are spare now.
+            self._copy_ahead([(ahead, _in_one_row(guess())) for ahead, guess in guesses])
         self._is_in_call = False
         result = self._finished(call.out, wanted) if self._settings.waits else call.out
         if layer == self._n_layers - 1 and self._guard is not None and n_tokens <= _DECODE_TOKENS_MAX:

@@ -103,7 +103,7 @@ def _on_gpu(computation: Computation, weights: DenseWeights, plan: CachePlan, ow
 def _on_device(
     computation: Computation, weights: DenseWeights, on_device: OnDevice, plan: CachePlan, owned: ExitStack
 ) -> OpenedModel:
-    how = HowCached(mode=plan.mode, is_guarded=plan.is_guarded, stepped_by=plan.stepped_by)
+    how = HowCached(mode=plan.mode, holds_all=plan.holds_all, is_guarded=plan.is_guarded, stepped_by=plan.stepped_by)
     opened = open_on_device(computation, weights, on_device, how, owned)
     return OpenedModel(opened.model, opened.new_kv_cache, opened.cache, opened.planned_nbytes)
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.overrides import Override
 from protocol.handles import ExpertKey
+from quant.segment import Step
 from runner.devices.device import Device
 from runner.devices.errors import UnorderedAccess, UnrecordedEvent
 from runner.engine import Engine
 from runner.errors import CorruptExpert, OutOfMemory
 from runner.experts.cache import CacheMode
+from runner.models.device_lookahead import DeviceLookahead
+from runner.models.device_mixtral import DeviceMixtral
 from tests.support.device_models import engine_on, link
 from tests.support.local_store import LocalStore
 from tests.support.reference import load_reference, reference_logits, relative_difference
@@ -178,6 +181,49 @@ def test_what_is_guessed_on_the_device_is_what_the_next_gate_would_choose(plain:
     assert counters is not None
     assert counters.prefetches_issued > 0
     assert counters.prefetches_used > counters.prefetches_issued / 4
+
+
+class GuessWatcher:
+    """Compares what was guessed for a later layer with what its gate says of the states behind this attention."""
+
+    def __init__(self, engine: Engine, lookahead: DeviceLookahead, n_guessed: int) -> None:
+        self.n_compared = 0
+        self._engine = engine
+        self._lookahead = lookahead
+        self._n_guessed = n_guessed
+
+    def after_layer(self, layer: int, step: Step) -> None:
+        for later, guess in self._lookahead.guesses(layer, step.hidden_states):
+            highest = self._engine.gates[later](step.hidden_states).topk(self._n_guessed).indices
+            assert torch.equal(guess(), highest)
+            self.n_compared += 1
+
+
+def test_a_guess_is_what_the_later_gates_say_of_the_states_behind_the_attention(
+    plain: SmallStore, prompt: list[int]
+) -> None:
+    with engine_on(plain, link(), cache_experts=2, prefetch_experts=3, prefetch_depth=2) as engine:
+        model = engine._model
+        assert isinstance(model, DeviceMixtral)
+        assert model._lookahead is not None
+        watcher = GuessWatcher(engine, model._lookahead, n_guessed=3)
+
+        with engine.observed_by(watcher):
+            engine.logits(prompt[:9])
+
+    # Of three layers, the first one looks at two and the second one at one.
+    assert watcher.n_compared == 3
+
+
+def test_a_long_prompts_next_layer_is_copied_without_a_guess(plain: SmallStore, prompt: list[int]) -> None:
+    with engine_on(plain, link(), cache_experts=2, prefetch_experts=1) as engine:
+        engine.logits(prompt)
+        counters = engine.counters
+
+    assert counters is not None
+    # Two layers are behind another one, and there are four spare slots.
+    assert counters.prefetches_issued == 8
+    assert counters.prefetches_used > 2
 
 
 def test_a_device_that_holds_all_experts_is_asked_for_no_guess(plain: SmallStore, prompt: list[int]) -> None:
