@@ -30,6 +30,7 @@ from runner.devices.device import Buffer, Device
 from runner.errors import CorruptExpert
 from runner.experts.compute import ExpertCall, ExpertCompute
 from runner.experts.counters import Counters, Tally
+from runner.experts.order import by_last_token, in_one_row
 from runner.experts.prefetch import Guard
 from runner.experts.slots import Claim, SlotTable
 from runner.experts.source import Guess
@@ -165,7 +166,7 @@ class CachedExperts:
         n_tokens = expert_ids.shape[0]
         if layer == 0:
             self._step_began_s = self._clock()
-        groups = _by_last_token(expert_ids)
+        groups = by_last_token(expert_ids)
         self._begin(layer, groups)
         call = ExpertCall(layer, hidden_states, expert_ids, weights, self._new_out(n_tokens, hidden_states))
         wanted = self._request(layer, groups)
@@ -176,7 +177,7 @@ class CachedExperts:
             self._table.settle(layer)
         if guesses:
             # The next layer's copies go on where this one's end: its slots are spare now.
-            self._copy_ahead([(ahead, _in_one_row(guess())) for ahead, guess in guesses])
+            self._copy_ahead([(ahead, in_one_row(guess())) for ahead, guess in guesses])
         self._is_in_call = False
         result = self._finished(call.out, wanted) if self._settings.waits else call.out
         if layer == self._n_layers - 1 and self._guard is not None and n_tokens <= _DECODE_TOKENS_MAX:
@@ -295,7 +296,7 @@ class CachedExperts:
             return []
         with self._lock:
             useful = [(layer, guess) for layer, guess in guesses if self._table.may_guess(layer, self._n_experts)]
-        return [(layer, _in_one_row(guess())) for layer, guess in useful]
+        return [(layer, in_one_row(guess())) for layer, guess in useful]
 
     def _copy_ahead(self, likely: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Ask for the copies of what was guessed and is not there; the likeliest come first."""
@@ -388,24 +389,3 @@ class CachedExperts:
             return self._source(layer, expert)
         except CorruptExpert:
             return None  # it is an error when it is chosen, not when someone guesses it
-
-
-def _in_one_row(expert_ids: Tensor) -> list[int]:
-    # Through torch it would cost more than all the rest of a prefetch that has nothing to do.
-    rows: list[int] | list[list[int]] = expert_ids.tolist()
-    return [expert for row in rows for expert in (row if isinstance(row, list) else (row,))]
-
-
-def _by_last_token(expert_ids: Tensor) -> list[list[int]]:
-    """Return the experts that were chosen, grouped by the last token that chose them, those of the first one first."""
-    rows: list[list[int]] = expert_ids.tolist()
-    if len(rows) == 1:
-        return [sorted(rows[0])]
-    groups: list[list[int]] = []
-    seen: set[int] = set()
-    for row in reversed(rows):
-        group = sorted(set(row) - seen)
-        if group:
-            groups.append(group)
-            seen.update(group)
-    return groups[::-1]
