@@ -6,6 +6,7 @@ Any Mixtral checkpoint in a folder will do; a text has to be given.
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class _Measurement:
 
     def make(self, widths: Widths) -> Path:
         """Return the checkpoint quantized so."""
+        print(f"  {widths.name} …", file=sys.stderr)
         store = self.folder / widths.name.replace(", ", "-").replace(" ", "")
         config = self.folder / "config.toml"
         config.write_text(widths.config)
