@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from benchmarks.bandwidth import measure_bandwidth
+from benchmarks.cache import measure_cache
 from benchmarks.demo import measure_demo
 from benchmarks.errors import BenchmarkError
 from benchmarks.expert_kernels import measure_kernels
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Measure] = {
     "demo": measure_demo,
     "several": measure_several,
     "store": measure_store,
+    "cache": lambda _, settings: measure_cache(settings),
 }
 ON_REQUEST: dict[str, Measure] = {
     "full": measure_full,
@@ -47,7 +49,7 @@ ON_REQUEST: dict[str, Measure] = {
 # Benchmarks whose figures make more than a list.
 TABLES: dict[str, Callable[[list[Figure]], str]] = {"quality": quality_table}
 
-_NEEDS_STORE = ("demo", "several", "store")
+_NEEDS_STORE = ("demo", "several", "store", "cache")
 _NEEDS_PEER = ("demo",)
 _SCHEMES = Settings(Path()).schemes
 
@@ -60,7 +62,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="How often all is measured.")
 @click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, help="The most threads, of both.")
 @click.option("--scheme", "schemes", type=click.Choice(_SCHEMES), multiple=True, help="Only these; all if not given.")
-@click.option("--store", type=_PATH, help="The store for demo, several and store; that of `make demo` if not given.")
+@click.option(
+    "--store", type=_PATH, help="The store for demo, several, store and cache; that of `make demo` if not given."
+)
 @click.option("--text", type=_PATH, help="A text in UTF-8 for perplexity, which is left out without it.")
 @click.option("--llama-bench", type=_PATH, help="llama.cpp's program; the one on PATH if not given.")
 @click.option("--prototype", type=_PATH, help="Another implementation's C file, for kernels; left out without it.")
@@ -81,12 +85,13 @@ def cli(
     out: Path | None,
     **paths: Path | None,
 ) -> None:
-    """Measure what NAMES say, or `all` of the first three rows; the rest runs only when named.
+    """Measure what NAMES say, or `all` of the first four rows; the rest runs only when named.
 
     \b
     bandwidth  how fast memory is read        kernels  one expert of Mixtral's size
     layers     a layer, beside llama.cpp      demo     the demo's model, beside llama.cpp
     several    runners at the same time       store    daemon, sharing, first token
+    cache      what an expert cache costs
     full       a whole Mixtral-8x7B of 2 and 3 bits: writes 36 GB
     solver     one matrix, beside hqq         conversion  full-size matrices, whole
     quality    the paper's table of a checkpoint
