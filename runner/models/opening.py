@@ -19,7 +19,7 @@ from runner.experts.cache import N_SPARES, CachedExperts, CacheMode, CacheSettin
 from runner.experts.compute import CExperts
 from runner.experts.in_place import InPlaceExperts
 from runner.experts.prefetch import Guard
-from runner.experts.transfer import CopyEngine
+from runner.experts.transfer import CHUNK_NBYTES, CopyEngine
 from runner.kv_cache import KVCache, kv_cache_nbytes, reserve_kv_cache
 from runner.models.computation import Computation, kv_shape
 from runner.models.lookahead import Lookahead
@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 
 # What a step takes between its layers, in floats a token: this many times the hidden size (configs/runner.toml).
 _STEP_WIDTHS = 16
+# A piece of a copy: shorter ones cost the host more than giving up a wrong guess earlier wins.
+_CHUNK_S = 300e-6
+_CHUNK_NBYTES_MIN = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +119,20 @@ def _on_link(computation: Computation, weights: DenseWeights, owned: ExitStack, 
         cache_experts=config.n_experts if plan.holds_all else settings.cache_experts,
         device_memory_nbytes=None if plan.holds_all else settings.device_memory,
     )
-    device = plan.new_device(parse_link(computation.device))
+    speed = parse_link(computation.device)
+    device = plan.new_device(speed)
     owned.callback(device.close)
     cache = CachedExperts(
         store,
         device,
         CExperts(store.manifest, computation.workspace, exact=settings.exact),
-        CacheSettings(quotas=slots.quotas, n_spares=slots.n_spares, mode=plan.mode, is_direct=plan.is_direct),
+        CacheSettings(
+            quotas=slots.quotas,
+            n_spares=slots.n_spares,
+            mode=plan.mode,
+            chunk_nbytes=_chunk_nbytes(speed),
+            is_direct=plan.is_direct,
+        ),
         guard=Guard() if plan.is_guarded else None,
         stepped_by=plan.stepped_by,
     )
@@ -142,6 +152,11 @@ def _on_link(computation: Computation, weights: DenseWeights, owned: ExitStack, 
 def _on_host(computation: Computation) -> Callable[[int], KVCache]:
     """Return what makes kv_caches in the host's memory."""
     return lambda context: reserve_kv_cache(context=context, **kv_shape(computation))
+
+
+def _chunk_nbytes(speed: LinkSpeed) -> int:
+    """Return how much is copied at once: what takes the link a moment, after which a wrong guess is given up."""
+    return int(min(max(speed.bytes_per_s * _CHUNK_S, _CHUNK_NBYTES_MIN), CHUNK_NBYTES))
 
 
 def slot_needs(store: StoreView, config: MixtralConfig, n_spares: int = N_SPARES) -> SlotNeeds:
