@@ -120,7 +120,9 @@ def _restored(groups: FloatGroups) -> Tensor:
 
 
 def _error(restored: Tensor, weight: Tensor) -> float:
-    return float((restored - weight.float()).norm() / weight.float().norm())
+    # In float64: of so many weights float32 loses the third digit.
+    lost, total = (torch.linalg.vector_norm(w, dtype=torch.float64) for w in (restored - weight.float(), weight))
+    return float(lost / total)
 
 
 def _stored_error(weight: Tensor, scheme: Scheme, *, refine: bool) -> float:
