@@ -33,14 +33,12 @@ from runner.experts.counters import Counters, Tally
 from runner.experts.order import by_last_token, in_one_row
 from runner.experts.prefetch import Guard
 from runner.experts.slots import Claim, SlotTable
-from runner.experts.source import Guess
+from runner.experts.source import PREFILL_TOKENS_MIN, Guess
 from runner.experts.transfer import CHUNK_NBYTES, CopyEngine, new_slots
 from runner.store_view import StoreView
 
 # So many slots belong to no layer.
 N_SPARES = 4
-# So many tokens use nearly all experts of a layer: what is copied ahead for them is no guess.
-_PREFILL_TOKENS_MIN = 16
 
 # Steps of up to so many tokens are decoding, which the guard measures.
 _DECODE_TOKENS_MAX = 8
@@ -170,7 +168,7 @@ class CachedExperts:
         self._begin(layer, groups)
         call = ExpertCall(layer, hidden_states, expert_ids, weights, self._new_out(n_tokens, hidden_states))
         wanted = self._request(layer, groups)
-        guesses = self._guesses if n_tokens >= _PREFILL_TOKENS_MIN else []
+        guesses = self._guesses if n_tokens >= PREFILL_TOKENS_MIN else []
         launched = self._launch_at_once(call, wanted) if wanted.is_there else self._launch_as_copied(call, wanted)
         with self._lock:
             self._table.unpin(launched.values())

@@ -5,6 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+# So many tokens choose nearly all of a layer's experts together: those of the next layer are copied without a guess.
+PREFILL_TOKENS_MIN = 16
+
 # Returns the experts of one layer that are likely to be chosen, int64, the likeliest first; called only if that helps.
 Guess = Callable[[], Tensor]
 

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from quant.layer_reference import choose_experts, rms_norm
 from quant.triton_kernels import Products
-from runner.experts.source import Guess
+from runner.experts.source import PREFILL_TOKENS_MIN, Guess
 from runner.models.device_segment import multiply
 from runner.models.device_weights import DeviceLayer
-
-# So many tokens choose nearly all experts together: those of the next layer are fetched without a guess.
-GUESSED_TOKENS_MAX = 15
 
 
 class DeviceLookahead:
@@ -51,7 +48,7 @@ class DeviceLookahead:
 
     def layers_to_guess(self, layer: int, n_tokens: int) -> list[int]:
         """Return the later layers whose experts are to be guessed with that layer's states; none for many tokens."""
-        if n_tokens > GUESSED_TOKENS_MAX:
+        if n_tokens >= PREFILL_TOKENS_MIN:
             return []
         return [later for later in self._ahead_of(layer) if self._is_wanted(later)]
 
@@ -66,7 +63,7 @@ class DeviceLookahead:
 
     def guesses(self, layer: int, hidden_states: Tensor) -> Iterator[tuple[int, Guess]]:
         """Yield the layers ahead with what is likely to be chosen there, the next one first."""
-        if hidden_states.shape[0] > GUESSED_TOKENS_MAX:
+        if hidden_states.shape[0] >= PREFILL_TOKENS_MIN:
             for later in self._ahead_of(layer):
                 yield later, partial(torch.Tensor.clone, self._all)
         for later, on_host in self._on_host.items():

@@ -11,8 +11,8 @@ from protocol.layout import record_spans
 from protocol.manifest import Manifest
 from quant.device_parts import DeviceExpert
 from quant.triton_kernels import Products
+from runner.experts.source import PREFILL_TOKENS_MIN
 from runner.models.device_attention import TILE_TOKENS
-from runner.models.device_lookahead import GUESSED_TOKENS_MAX
 from runner.models.device_mixtral import HEAD_ROWS
 from runner.models.mixtral_config import MixtralConfig
 from runner.store_view import StoreView
@@ -45,7 +45,7 @@ def step_nbytes(
 
 def _arrays_nbytes(config: MixtralConfig, products: Products, n_tokens: int) -> int:
     """Return what is alive all through a step: the residual stream, what is added to it, angles, the choice."""
-    small = 2 * config.top_k + GUESSED_TOKENS_MAX + config.head_dim
+    small = 2 * config.top_k + PREFILL_TOKENS_MIN - 1 + config.head_dim
     rounded = 2 * config.hidden_size * products.dtype.itemsize
     return n_tokens * (4 * config.hidden_size * _F32 + rounded + small * _F32)
 

@@ -14,10 +14,7 @@ from torch import Tensor
 from quant.foresight import Foresight
 from quant.segment import SegmentWeights
 from quant.workspace import Workspace
-from runner.experts.source import Guess
-
-# So many tokens choose nearly all experts together: those of the next layer are fetched without a guess.
-_GUESSED_TOKENS_MAX = 15
+from runner.experts.source import PREFILL_TOKENS_MIN, Guess
 
 
 class Lookahead:
@@ -32,7 +29,7 @@ class Lookahead:
                 weights.gate,
                 eps=eps,
                 n_guessed=n_guessed,
-                n_tokens_max=_GUESSED_TOKENS_MAX,
+                n_tokens_max=PREFILL_TOKENS_MIN - 1,
                 workspace=workspace,
             )
             for weights in layers
@@ -46,6 +43,6 @@ class Lookahead:
             yield ahead, partial(self._likely, ahead, hidden_states)
 
     def _likely(self, layer: int, hidden_states: Tensor) -> Tensor:
-        if hidden_states.shape[0] > _GUESSED_TOKENS_MAX:
+        if hidden_states.shape[0] >= PREFILL_TOKENS_MIN:
             return self._all
         return self._layers[layer](hidden_states)  # [T, n_guessed]
