@@ -17,6 +17,7 @@ from runner.compare_command import compare
 from runner.config import RunnerConfig
 from runner.engine_command import engine_options, opened, print_json, read_settings
 from runner.errors import PromptInvalid, RunnerError
+from runner.progress import shown_progress
 from runner.texts import check_text, read_stdin, read_text
 from runner.trace_commands import replay, trace
 
@@ -117,7 +118,7 @@ def perplexity(
 
         token_ids = engine.tokenizer.encode(text, add_special_tokens=False)[:tokens]
         started = monotonic()
-        scores = list(_shown_progress(score_windows(engine, token_ids, window), len(token_ids)))
+        scores = list(_shown(score_windows(engine, token_ids, window), len(token_ids)))
         elapsed_s = monotonic() - started
     n_scored = sum(score.n_tokens for score in scores)
     value, tokens_per_s = perplexity_of(scores), n_scored / elapsed_s
@@ -162,14 +163,5 @@ def _print_report(generation: "Generation", text: str, *, as_json: bool) -> None
         click.echo(line, err=True)
 
 
-def _shown_progress(scores: Iterator["Score"], n_tokens: int) -> Iterator["Score"]:
-    """Pass the scores on, with a progress bar on stderr if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("scoring", total=n_tokens)
-        for score in scores:
-            progress.advance(task, score.n_tokens + 1)
-            yield score
+def _shown(scores: Iterator["Score"], n_tokens: int) -> Iterator["Score"]:
+    return shown_progress(scores, "scoring", n_tokens, lambda score: score.n_tokens + 1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from runner.engine_command import opened, print_json, read_settings
+from runner.progress import shown_progress
 from runner.texts import read_text
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def compare(
 
         token_ids = common_tokens(reference_engine, other_engine, text)[:tokens]
         windows = compare_windows(reference_engine, other_engine, token_ids, window)
-        comparison = summarize(_shown_progress(windows, len(token_ids)))
+        comparison = summarize(_shown(windows, len(token_ids)))
     if as_json:
         print_json(comparison_figures(comparison, window=window))
     else:
@@ -58,14 +59,5 @@ def compare(
             click.echo(line)
 
 
-def _shown_progress(windows: Iterator["WindowDifference"], n_tokens: int) -> Iterator["WindowDifference"]:
-    """Pass the windows on, with a progress bar on stderr if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("comparing", total=n_tokens)
-        for window in windows:
-            progress.advance(task, window.reference.n_tokens + 1)
-            yield window
+def _shown(windows: Iterator["WindowDifference"], n_tokens: int) -> Iterator["WindowDifference"]:
+    return shown_progress(windows, "comparing", n_tokens, lambda window: window.reference.n_tokens + 1)

@@ -12,6 +12,7 @@ import click
 
 from runner.engine_command import engine_options, opened, print_json, read_settings
 from runner.errors import PromptInvalid
+from runner.progress import shown_progress
 from runner.texts import check_text, read_text
 from runner.traces.plot import check_plot, write_png
 from runner.traces.replay import POLICIES
@@ -92,7 +93,9 @@ def trace(
         tracing = Tracing(engine, on_token)
         if text_file is not None:
             token_ids = engine.tokenizer.encode(text, add_special_tokens=False)[:tokens]
-            _show_progress(tracing.compute_text(token_ids, window), len(token_ids))
+            windows = tracing.compute_text(token_ids, window)
+            for _ in shown_progress(windows, "recording", len(token_ids), int):
+                pass
         else:
             prompt_ids = engine.tokenizer.encode(text) if is_raw else engine.tokenizer.encode_chat(text)
             tracing.compute_answer(prompt_ids, settings.max_new_tokens)
@@ -129,18 +132,6 @@ def _written_to(trace_file: Path | None, engine: "Engine") -> Iterator["Callable
 
     with nullcontext() if trace_file is None else trace_file.open("w", encoding="ascii") as file:
         yield (lambda _: None) if file is None else TraceWriter(file, shape_of(engine)).write
-
-
-def _show_progress(window_lengths: Iterator[int], n_tokens: int) -> None:
-    """Go through the windows, with a progress bar on stderr if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("recording", total=n_tokens)
-        for n_computed in window_lengths:
-            progress.advance(task, n_computed)
 
 
 def _report(tracing: "Tracing", png_file: Path | None, *, as_json: bool) -> None:
