@@ -7,6 +7,7 @@ from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import GroupsDoNotDivide
 from expertd.convert.plan import StorePlan, plan_store
 from expertd.convert.words import SIXTEEN_BIT
+from protocol.slot_area import least_slots, slot_area_nbytes
 
 _SCHEMES = (SIXTEEN_BIT, "8bit-g64", "4bit-g64", "3bit-g64", "2bit-g16")
 # The runner's default context, and the bytes of a number in its kv_cache.
@@ -16,8 +17,9 @@ _KV_NBYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class StoreSize:
-    """A store in bytes: experts, the rest, the largest expert."""
+    """A store in bytes: experts and how many they are, the rest, the largest expert."""
 
+    n_experts: int
     experts_nbytes: int
     dense_nbytes: int
     expert_nbytes: int
@@ -32,7 +34,12 @@ def store_size(plan: StorePlan) -> StoreSize:
     """Return the size of a planned store's records."""
     experts = [record.nbytes for record in plan.records if record.key is not None]
     dense = sum(record.nbytes for record in plan.records if record.key is None)
-    return StoreSize(sum(experts), dense, max(experts))
+    return StoreSize(len(experts), sum(experts), dense, max(experts))
+
+
+def tiered_nbytes(size: StoreSize, n_slots: int) -> int:
+    """Return what of memory a store takes whose experts are read into so many slots; none is pinned."""
+    return size.dense_nbytes + slot_area_nbytes(n_slots, size.expert_nbytes)
 
 
 def forecast_text(
@@ -48,11 +55,14 @@ def forecast_text(
         f"{place}: {model.n_layers} layers of {model.n_experts} experts, {model.top_k} per token, "
         f"{n_weights / 1e9:.2f} billion weights, {_gb(plan.source_nbytes)} in {len(shards)} shard(s)",
         "",
-        f"{'experts':<12}{'store':>10}{'one expert':>12}{'GPU from':>10}",
+        f"{'experts':<12}{'store':>10}{'one expert':>12}{'memory from':>13}{'half':>10}{'GPU from':>10}",
         *(_row(word, checkpoint, config) for word in _SCHEMES),
         _size_row("configured", chosen, checkpoint),
         "",
-        "store: on disk, and in memory once for all runners; GPU from: the least that a GPU with an expert cache holds",
+        "store: on disk, and in memory once for all runners",
+        "memory from, half: of a store larger than memory the least that must lie there "
+        f"({least_slots(model.top_k, chosen.n_experts)} experts at a time), and what half of the experts take",
+        "GPU from: the least that a GPU with an expert cache holds",
         f"each runner: {_gb(kv_nbytes)} for a context of {_CONTEXT} tokens, and its own buffers",
         f"time: about {_duration(seconds)} on this machine with {n_jobs} worker(s), measured on one expert"
         + (", if the Hub sends as fast as that" if is_fetched else ""),
@@ -72,7 +82,9 @@ def _size_row(word: str, size: StoreSize, checkpoint: Checkpoint) -> str:
     model = checkpoint.config
     gpu_nbytes = size.dense_nbytes + model.n_layers * model.top_k * size.expert_nbytes
     one = f"{size.expert_nbytes / 1e6:.1f} MB"
-    return f"{word:<12}{_gb(size.nbytes):>10}{one:>12}{_gb(gpu_nbytes):>10}"
+    n_slots = (least_slots(model.top_k, size.n_experts), size.n_experts // 2)
+    least, half = (_gb(tiered_nbytes(size, n)) for n in n_slots)
+    return f"{word:<12}{_gb(size.nbytes):>10}{one:>12}{least:>13}{half:>10}{_gb(gpu_nbytes):>10}"
 
 
 def _gb(nbytes: int) -> str:
