@@ -142,7 +142,7 @@ class Daemon:
         """Load in the loader thread and post what came of it."""
         settings = LoaderSettings(self._config.n_loader_threads, self._config.collapse_budget_s)
         try:
-            loaded = Loader(settings, available_nbytes, store.progress).load(store.path, store.digest)
+            loaded = Loader(settings, available_nbytes, store.progress).load(store.path, store.digest, store.wish)
         except LoadCancelled:
             return
         except OutOfMemory as error:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from expertd.budget import ALL_THERE_IS, MemoryWish, check_fits
 from expertd.errors import LoadCancelled, StoreInvalid
 from expertd.store import StoreFiles
 from protocol.catalogue import Catalogue, encode_catalogue, plan_catalogue
-from protocol.errors import OutOfMemory
 from protocol.fdpass import close_all
 from protocol.handles import DenseHandle, ExpertHandle, ExpertKey
 from protocol.manifest import Record
@@ -28,8 +28,6 @@ _Result = TypeVar("_Result")
 logger = logging.getLogger(__name__)
 
 _SLICE_NBYTES = 32 * HUGE_PAGE_NBYTES
-# What must stay free beside the store, for the runners' caches and everybody else.
-_RESERVE_NBYTES = 256 << 20
 
 
 class LoadProgress:
@@ -91,14 +89,14 @@ class Loader:
         self._corrupt: list[ExpertKey] = []
         self._huge_nbytes = 0
 
-    def load(self, path: Path, digest: str) -> LoadedStore:
+    def load(self, path: Path, digest: str, wish: MemoryWish = ALL_THERE_IS) -> LoadedStore:
         """Return the store of that digest as sealed segments; raise StoreInvalid, OutOfMemory or LoadCancelled."""
         start = time.monotonic()
         with StoreFiles(path) as files, ThreadPoolExecutor(self._settings.n_threads, "expertd-load") as pool:
             if files.manifest.digest != digest:
                 raise StoreInvalid(f"the store has digest {files.manifest.digest[:12]}, {digest[:12]} was expected")
             catalogue = plan_catalogue(files.manifest)
-            self._check_memory(catalogue)
+            check_fits(sum(catalogue.segments_nbytes), wish, self._available_nbytes())
             fds: list[int] = []
             try:
                 collapse_until = start + self._settings.collapse_budget_s
@@ -119,14 +117,6 @@ class Loader:
             corrupt=tuple(sorted(self._corrupt)),
             fds=fds,
         )
-
-    def _check_memory(self, catalogue: Catalogue) -> None:
-        asked, available = sum(catalogue.segments_nbytes), self._available_nbytes()
-        if asked + _RESERVE_NBYTES > available:
-            raise OutOfMemory(
-                f"the store needs {asked / 1e9:.2f} GB and {_RESERVE_NBYTES / 1e9:.2f} GB to spare, "
-                f"{available / 1e9:.2f} GB are available"
-            )
 
     def _load_segment(
         self,

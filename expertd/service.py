@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.loader import LoadedStore
 from expertd.sessions import Session, SessionTable
 from expertd.store import path_problem
@@ -121,8 +122,8 @@ class Service:
                 return Outcome(self.status(now))
             case m.Attach(digest):
                 return self._attach(session, digest)
-            case m.Load(path, digest):
-                return self._load(path, digest, now)
+            case m.Load():
+                return self._load(message, now)
             case m.Unload(digest):
                 return self._unload(digest)
             case m.Stop():
@@ -156,9 +157,9 @@ class Service:
 
     # --- loads -------------------------------------------------------------------------------------
 
-    def begin_load(self, path: Path, digest: str) -> HeldStore:
+    def begin_load(self, path: Path, digest: str, wish: MemoryWish = ALL_THERE_IS) -> HeldStore:
         """Return a store that is now to be loaded."""
-        return self._stores.begin(digest, path)
+        return self._stores.begin(digest, path, wish)
 
     def store_loaded(self, store: HeldStore, loaded: LoadedStore, now: float) -> None:
         """Make a loaded store available."""
@@ -186,7 +187,9 @@ class Service:
                 return m.Stats(request_id, age_s, session.n_requests, session.n_refused, 0)
             case m.Prefetch():
                 return None  # a hint about a store that is in memory already
-            case m.Acquire(request_id) | m.Release(request_id):
+            case m.Release():
+                return None  # there are no leases, and what is resident grows neither old nor new
+            case m.Acquire(request_id):
                 session.n_refused += 1
                 return m.RequestRefusal(request_id, self._why_no_lease(session))
         raise TypeError(f"{type(message).__name__} is not decoded on the request channel")
@@ -219,7 +222,8 @@ class Service:
         fds = tuple(store.loaded.fds)
         return Outcome(m.Attached(digest, len(fds)), fds=fds)
 
-    def _load(self, path: str, digest: str, now: float) -> Outcome:
+    def _load(self, wanted: m.Load, now: float) -> Outcome:
+        path, digest = wanted.path, wanted.digest
         if self._is_draining:
             return Outcome(Refused(Code.DRAINING, "expertd is stopping"))
         if not _DIGEST.fullmatch(digest) or not Path(path).is_absolute() or path_problem(path):
@@ -230,7 +234,7 @@ class Service:
         if store is None and len(self._stores) >= STORES_MAX:
             return Outcome(Refused(Code.TOO_MANY, f"{STORES_MAX} stores are held; unload one"))
         self._busy_at = now
-        store = self.begin_load(Path(path), digest)
+        store = self.begin_load(Path(path), digest, MemoryWish(wanted.memory_nbytes, wanted.pinned))
         return Outcome(self._store_status(store), load=store)
 
     def _unload(self, digest: str) -> Outcome:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.loader import LoadedStore, LoadProgress
 from protocol.messages import Refused, StoreState, StoreStatus
 from protocol.schema import CORRUPT_KEYS_MAX
@@ -14,6 +15,7 @@ class HeldStore:
 
     digest: str
     path: Path
+    wish: MemoryWish = ALL_THERE_IS
     state: StoreState = StoreState.LOADING
     progress: LoadProgress = field(default_factory=LoadProgress)
     loaded: LoadedStore | None = None
@@ -39,6 +41,7 @@ class HeldStore:
             corrupt=corrupt[:CORRUPT_KEYS_MAX],
             n_sessions=n_sessions,
             error=self.error,
+            memory_nbytes=self.wish.memory_nbytes,
         )
 
 
@@ -63,9 +66,9 @@ class StoreTable:
         """Return the store of that digest, if it is held."""
         return self._by_digest.get(digest)
 
-    def begin(self, digest: str, path: Path) -> HeldStore:
+    def begin(self, digest: str, path: Path, wish: MemoryWish = ALL_THERE_IS) -> HeldStore:
         """Return a store that is now loading; one that failed under that digest is replaced."""
-        store = HeldStore(digest, path)
+        store = HeldStore(digest, path, wish)
         self._by_digest[digest] = store
         return store
 

@@ -22,6 +22,7 @@ class Code(StrEnum):
     STORE_INVALID = "store_invalid"
     STORE_IS_RESIDENT = "store_is_resident"
     CORRUPT = "corrupt"
+    READ_FAILED = "read_failed"
     OUT_OF_MEMORY = "out_of_memory"
     TOO_MANY = "too_many"
     DRAINING = "draining"
@@ -57,10 +58,16 @@ class Attach:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Ask the daemon to load the store in that directory, which must have that digest."""
+    """Ask the daemon to load the store in that directory, which must have that digest.
+
+    `memory_nbytes` bounds what the store takes of the daemon's memory, None: what there is. Where that is less than the
+    store, the pinned experts stay in memory, as far as they fit, and the others are read when they are acquired.
+    """
 
     path: str
     digest: str
+    memory_nbytes: int | None = None
+    pinned: tuple[ExpertKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,11 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class StoreStatus:
-    """One store of the daemon. `n_corrupt` experts failed their checksum; `corrupt` names the first of them."""
+    """One store of the daemon. `n_corrupt` experts failed their checksum; `corrupt` names the first of them.
+
+    `nbytes` is what its segments take. A store that is larger than its budget has slots: `n_used_slots` of them hold an
+    expert, `n_pinned` experts need none, and `n_loads` times an expert was read into one, `read_nbytes` in all.
+    """
 
     digest: str
     path: str
@@ -116,16 +127,28 @@ class StoreStatus:
     corrupt: tuple[ExpertKey, ...]
     n_sessions: int
     error: "Refused | None"
+    memory_nbytes: int | None = None
+    n_slots: int = 0
+    slot_nbytes: int = 0
+    n_used_slots: int = 0
+    n_pinned: int = 0
+    n_loads: int = 0
+    read_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SessionStatus:
-    """One open connection; `digest` is None until it attaches."""
+    """One open connection; `digest` is None until it attaches. The counters are those of `Stats`."""
 
     pid: int
     library_version: str
     age_s: float
     digest: str | None
+    n_leases: int = 0
+    n_hits: int = 0
+    n_misses: int = 0
+    read_nbytes: int = 0
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +196,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
-    """Hint that experts will be needed within the deadline. No lease, no reply."""
+    """Hint that experts will be needed within the deadline. No lease, no reply.
+
+    What an earlier hint of this session named, and this one does not, is no longer waited for.
+    """
 
     request_id: int
     keys: tuple[ExpertKey, ...]
@@ -182,7 +208,7 @@ class Prefetch:
 
 @dataclass(frozen=True, slots=True)
 class Acquire:
-    """Ask for leases on experts of a store larger than memory."""
+    """Ask for leases on experts of a store larger than memory; asking again for what one holds is no error."""
 
     request_id: int
     keys: tuple[ExpertKey, ...]
@@ -190,7 +216,7 @@ class Acquire:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give leases back."""
+    """Give back what leases there are on those experts, and count all of them as used just now. No reply."""
 
     request_id: int
     keys: tuple[ExpertKey, ...]
@@ -204,29 +230,48 @@ class GetStats:
 
 
 @dataclass(frozen=True, slots=True)
-class Granted:
-    """The leases asked for: where each expert lies."""
+class KeyRefusal:
+    """One expert of a request cannot be had; the others can."""
 
-    request_id: int
-    handles: tuple[ExpertHandle, ...]
+    key: ExpertKey
+    reason: Refused
 
 
 @dataclass(frozen=True, slots=True)
-class Released:
-    """The leases are given back."""
+class Granted:
+    """What has come in of a request: where those experts lie, and which cannot be had.
+
+    `n_awaited` experts are still to come, in further messages of that request; 0 ends it.
+    """
 
     request_id: int
+    handles: tuple[ExpertHandle, ...]
+    refusals: tuple[KeyRefusal, ...] = ()
+    n_awaited: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """The counters of this session."""
+    """The counters of this session.
+
+    A hit is an expert that was in memory when it was acquired, or when it was read without being acquired; a miss one
+    that was waited for. A prefetch was used, came late (was waited for), was wasted (read, and evicted unused) or
+    dropped (never read). `read_nbytes` were read because of this session.
+    """
 
     request_id: int
     age_s: float
     n_requests: int
     n_refused: int
     n_leases: int
+    n_hits: int = 0
+    n_misses: int = 0
+    n_prefetch_used: int = 0
+    n_prefetch_late: int = 0
+    n_prefetch_wasted: int = 0
+    n_prefetch_dropped: int = 0
+    read_nbytes: int = 0
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,5 +286,5 @@ Message = (
     Hello | Attach | Load | Unload | GetStatus | Stop
     | Welcome | Attached | Status | Unloaded | Stopping | Draining | Refused | StoreStatus
     | Prefetch | Acquire | Release | GetStats
-    | Granted | Released | Stats | RequestRefusal
+    | Granted | Stats | RequestRefusal
 )  # fmt: skip

@@ -10,13 +10,15 @@ from enum import StrEnum
 from protocol import messages as m
 from protocol.handles import ExpertHandle, ExpertKey
 
-MESSAGE_NBYTES_MAX = 64 * 1024
+MESSAGE_NBYTES_MAX = 128 * 1024
 TOKEN_NBYTES = 16
 DIGEST_LENGTH = 64
 KEYS_MAX = 256
 SESSIONS_MAX = 256
 STORES_MAX = 16
 CORRUPT_KEYS_MAX = 16
+PINNED_KEYS_MAX = 4096
+REFUSALS_MAX = 64
 
 _U16 = (1 << 16) - 1
 _U32 = (1 << 32) - 1
@@ -121,6 +123,8 @@ _KEY = Struct(ExpertKey, (Count(_U16), Count(_U16)))
 _KEYS = Items(_KEY, KEYS_MAX)
 _HANDLE = Struct(ExpertHandle, (_KEY, Count(_U16), _NBYTES, _NBYTES, Count(_U63)))
 _REFUSED = Struct(m.Refused, (Word(m.Code), Text(512)))
+_KEY_REFUSAL = Struct(m.KeyRefusal, (_KEY, _REFUSED))
+_NUMBER = Count(_U63)
 _STORE_STATUS = Struct(
     m.StoreStatus,
     (
@@ -135,9 +139,19 @@ _STORE_STATUS = Struct(
         Items(_KEY, CORRUPT_KEYS_MAX),
         Count(_U32),
         Maybe(_REFUSED),
+        Maybe(_NBYTES),
+        Count(_U32),
+        _NBYTES,
+        Count(_U32),
+        Count(_U32),
+        _NUMBER,
+        _NBYTES,
     ),
 )
-_SESSION_STATUS = Struct(m.SessionStatus, (_PID, _VERSION_TEXT, Real(), Maybe(_DIGEST)))
+_SESSION_STATUS = Struct(
+    m.SessionStatus,
+    (_PID, _VERSION_TEXT, Real(), Maybe(_DIGEST), Count(_U32), _NUMBER, _NUMBER, _NBYTES, Real()),
+)
 _STATUS = Struct(
     m.Status,
     (
@@ -147,7 +161,7 @@ _STATUS = Struct(
         _NBYTES,
         _NBYTES,
         _NBYTES,
-        Count(_U63),
+        _NUMBER,
         Items(_STORE_STATUS, STORES_MAX),
         Items(_SESSION_STATUS, SESSIONS_MAX),
     ),
@@ -161,7 +175,7 @@ _REQUEST_DAEMON = (Channel.REQUEST, Sender.DAEMON)
 SCHEMA: tuple[MessageSpec, ...] = (
     MessageSpec(1, *_CONTROL_CLIENT, Struct(m.Hello, (Count(_U16), Count(_U16), _VERSION_TEXT))),
     MessageSpec(2, *_CONTROL_CLIENT, Struct(m.Attach, (_DIGEST,))),
-    MessageSpec(3, *_CONTROL_CLIENT, Struct(m.Load, (_PATH, _DIGEST))),
+    MessageSpec(3, *_CONTROL_CLIENT, Struct(m.Load, (_PATH, _DIGEST, Maybe(_NBYTES), Items(_KEY, PINNED_KEYS_MAX)))),
     MessageSpec(4, *_CONTROL_CLIENT, Struct(m.Unload, (_DIGEST,))),
     MessageSpec(5, *_CONTROL_CLIENT, Struct(m.GetStatus, ())),
     MessageSpec(6, *_CONTROL_CLIENT, Struct(m.Stop, ())),
@@ -177,8 +191,14 @@ SCHEMA: tuple[MessageSpec, ...] = (
     MessageSpec(34, *_REQUEST_CLIENT, Struct(m.Acquire, (_REQUEST_ID, _KEYS))),
     MessageSpec(35, *_REQUEST_CLIENT, Struct(m.Release, (_REQUEST_ID, _KEYS))),
     MessageSpec(36, *_REQUEST_CLIENT, Struct(m.GetStats, (_REQUEST_ID,))),
-    MessageSpec(49, *_REQUEST_DAEMON, Struct(m.Granted, (_REQUEST_ID, Items(_HANDLE, KEYS_MAX)))),
-    MessageSpec(50, *_REQUEST_DAEMON, Struct(m.Released, (_REQUEST_ID,))),
-    MessageSpec(51, *_REQUEST_DAEMON, Struct(m.Stats, (_REQUEST_ID, Real(), Count(_U63), Count(_U63), Count(_U63)))),
+    MessageSpec(
+        49,
+        *_REQUEST_DAEMON,
+        Struct(
+            m.Granted,
+            (_REQUEST_ID, Items(_HANDLE, KEYS_MAX), Items(_KEY_REFUSAL, REFUSALS_MAX), Count(KEYS_MAX)),
+        ),
+    ),
+    MessageSpec(51, *_REQUEST_DAEMON, Struct(m.Stats, (_REQUEST_ID, Real(), *[_NUMBER] * 9, _NBYTES, Real()))),
     MessageSpec(52, *_REQUEST_DAEMON, Struct(m.RequestRefusal, (_REQUEST_ID, _REFUSED))),
 )

@@ -9,6 +9,12 @@ holder dies. Order of a segment's life, which only the daemon walks through:
       .seal          unmap, write seal: from here on nobody, the daemon included, can change a byte
       -> fd          a read-only re-open; the writable descriptor is closed
 
+Slots, which are filled again and again, lie in segments that end differently:
+
+      .share         no seal against the builder's own mapping, one against every other there could be; the builder is
+                     kept for as long as the slots are
+      -> fd          a read-only re-open, through which nobody can write either
+
 Readers trust nothing: `map_segment` checks seals and size before it maps. A mapping ends when the last buffer over it
 is garbage, so a tensor can never outlive its bytes.
 """
@@ -20,12 +26,15 @@ import os
 import time
 import weakref
 from collections.abc import Callable
+from enum import StrEnum
 from types import TracebackType
 
 from protocol.errors import OutOfMemory, SegmentError
 
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 ALL_SEALS = SIZE_SEALS | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_F_SEAL_FUTURE_WRITE = 0x10  # the fcntl module knows it from Python 3.13 on
+SLOT_SEALS = SIZE_SEALS | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 HUGE_PAGE_NBYTES = 2 << 20
 
 _MFD_NOEXEC_SEAL = 0x8
@@ -40,6 +49,17 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class SegmentKind(StrEnum):
+    """What a segment is for, and with it who can write into it."""
+
+    SEALED = "sealed"  # nobody
+    SLOTS = "slots"  # the daemon, through the mapping it has
+    SLOT_TABLE = "slot_table"  # the same
+
+
+_SEALS = {SegmentKind.SEALED: ALL_SEALS, SegmentKind.SLOTS: SLOT_SEALS, SegmentKind.SLOT_TABLE: SLOT_SEALS}
 
 
 class SegmentBuilder:
@@ -98,8 +118,19 @@ class SegmentBuilder:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, ALL_SEALS)
         # A write-sealed memfd can be mapped through a read-only descriptor on every kernel; through the writable
         # one older kernels refuse.
-        read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        read_only = _reopen_read_only(fd)
         self.close()
+        return read_only
+
+    def share(self) -> int:
+        """Leave this mapping the only way to write; return a read-only descriptor, which the caller owns."""
+        fd = self._fd
+        if fd is None:
+            raise SegmentError("this segment is sealed already")
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SLOT_SEALS)
+        read_only = _reopen_read_only(fd)
+        os.close(fd)
+        self._fd = None
         return read_only
 
     def close(self) -> None:
@@ -137,27 +168,27 @@ def make_segment(name: str, data: bytes) -> int:
         return builder.seal()
 
 
-def map_segment(fd: int, nbytes: int) -> memoryview:
-    """Map a sealed segment read-only; raise SegmentError unless it is sealed and of exactly that size.
+def map_segment(fd: int, nbytes: int, kind: SegmentKind = SegmentKind.SEALED) -> memoryview:
+    """Map a segment read-only; raise SegmentError unless it is sealed as its kind is, and of exactly that size.
 
     The view is not marked read-only, so that tensors can be made over it without a copy; the mapping is: a write into
     it is SIGSEGV. The descriptor may be closed afterwards.
     """
-    check_segment(fd, nbytes)
+    check_segment(fd, nbytes, kind)
     address = _map_aligned(fd, nbytes, _PROT_READ)
     buffer = (ctypes.c_ubyte * nbytes).from_address(address)
     weakref.finalize(buffer, _libc.munmap, address, nbytes).atexit = False
     return memoryview(buffer).cast("B")
 
 
-def check_segment(fd: int, nbytes: int) -> None:
-    """Raise SegmentError unless the descriptor is a fully sealed segment of exactly that size."""
+def check_segment(fd: int, nbytes: int, kind: SegmentKind = SegmentKind.SEALED) -> None:
+    """Raise SegmentError unless the descriptor is a segment of exactly that size, sealed as its kind is."""
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
         raise SegmentError("a descriptor is no sealable memory") from None
-    if seals & ALL_SEALS != ALL_SEALS:
-        raise SegmentError(f"a segment has seals {seals:#x}, {ALL_SEALS:#x} were expected: its content could change")
+    if seals & _SEALS[kind] != _SEALS[kind]:
+        raise SegmentError(f"a segment has seals {seals:#x}, {_SEALS[kind]:#x} were expected: its content could change")
     actual = os.fstat(fd).st_size
     if actual != nbytes:
         raise SegmentError(f"a segment has {actual} bytes, {nbytes} were expected")
@@ -169,15 +200,28 @@ def segment_nbytes(fd: int) -> int:
 
 
 def check_seals_hold() -> None:
-    """Try to change a sealed segment by every route; raise SegmentError if this kernel lets one through."""
+    """Try to change a segment of either kind by every route; raise SegmentError if this kernel lets one through."""
     fd = make_segment("expertd-self-test", b"sealed")
     try:
         check_segment(fd, 6)
-        _check_route_is_closed("a writable re-open", lambda: _map_writable_reopen(fd))
-        _check_route_is_closed("a writable mapping", lambda: _map_aligned(fd, 6, _PROT_READ | _PROT_WRITE))
-        _check_route_is_closed("cutting it", lambda: os.truncate(f"/proc/self/fd/{fd}", 1))
+        _check_routes_are_closed(fd, 6)
     finally:
         os.close(fd)
+    with SegmentBuilder("expertd-self-test", 6) as builder:
+        builder.populate(0, 6, collapse_until=0.0)
+        fd = builder.share()
+        try:
+            check_segment(fd, 6, SegmentKind.SLOTS)
+            _check_routes_are_closed(fd, 6)
+            builder.view[0] = 1  # the one route that must be open
+        finally:
+            os.close(fd)
+
+
+def _check_routes_are_closed(fd: int, nbytes: int) -> None:
+    _check_route_is_closed("a writable re-open", lambda: _map_writable_reopen(fd))
+    _check_route_is_closed("a writable mapping", lambda: _map_aligned(fd, nbytes, _PROT_READ | _PROT_WRITE))
+    _check_route_is_closed("cutting it", lambda: os.truncate(f"/proc/self/fd/{fd}", 1))
 
 
 def _check_route_is_closed(name: str, attempt: Callable[[], object]) -> None:
@@ -186,6 +230,10 @@ def _check_route_is_closed(name: str, attempt: Callable[[], object]) -> None:
     except (OSError, SegmentError):
         return
     raise SegmentError(f"this kernel lets {name} through a sealed segment; shared memory would not be safe here")
+
+
+def _reopen_read_only(fd: int) -> int:
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _map_writable_reopen(fd: int) -> None:

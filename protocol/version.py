@@ -3,8 +3,8 @@
 LIBRARY_VERSION = "0.1.0"
 
 # The wire: a peer offers a range, the highest common version wins.
-LOWEST_PROTOCOL_VERSION = 1
-HIGHEST_PROTOCOL_VERSION = 1
+LOWEST_PROTOCOL_VERSION = 2
+HIGHEST_PROTOCOL_VERSION = 2
 
 # The store on disk and in memory: there is no range, a record's bytes are what the kernels compute on.
 STORE_FORMAT_VERSION = 2

@@ -55,7 +55,10 @@ class AttachedStore:
             sizes = self._catalogue.segments_nbytes
             if len(fds) != 1 + len(sizes):
                 raise StoreChanged(f"{path}: {len(sizes)} segments were promised, {len(fds) - 1} came")
-            self._views = [map_segment(fd, nbytes) for fd, nbytes in zip(fds[1:], sizes, strict=True)]
+            self._views = [
+                map_segment(fd, nbytes, self._catalogue.kind(segment))
+                for segment, (fd, nbytes) in enumerate(zip(fds[1:], sizes, strict=True))
+            ]
         finally:
             close_all(fds)
         self.shared_nbytes = sum(sizes)

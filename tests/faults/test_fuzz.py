@@ -28,7 +28,7 @@ DIGEST = "ab" * 32
 STORE = StoreStatus(DIGEST, "/s", StoreState.READY, 1, 1, 0.5, 1, 0, (), 0, None)
 # One of each, of both sides: a daemon's message from a client is a mutation too. No Stop: it would be obeyed.
 MESSAGES: tuple[Message, ...] = (
-    m.Hello(1, 1, "0.1.0"),
+    m.Hello(2, 2, "0.1.0"),
     m.Attach(DIGEST),
     m.Load("/nowhere", DIGEST),
     m.Unload(DIGEST),
@@ -45,8 +45,7 @@ MESSAGES: tuple[Message, ...] = (
     m.Acquire(1, (KEY,)),
     m.Release(1, (KEY,)),
     m.GetStats(1),
-    m.Granted(1, (ExpertHandle(KEY, 0, 0, 1, 0),)),
-    m.Released(1),
+    m.Granted(1, (ExpertHandle(KEY, 0, 0, 1, 0),), (m.KeyRefusal(KEY, Refused(Code.CORRUPT, "x")),), 2),
     m.Stats(1, 0.5, 1, 0, 0),
     m.RequestRefusal(1, Refused(Code.CORRUPT, "x")),
 )
@@ -126,7 +125,7 @@ class ControlFuzzer:
     def _connect(self) -> socket.socket:
         sock = fdpass.connect(self._daemon.directory.control_socket, 10.0)
         if self._rng.random() < 0.8:  # the others fuzz a session without hello
-            fdpass.send_packet(sock, encode(m.Hello(1, 1, "0.1.0")))
+            fdpass.send_packet(sock, encode(m.Hello(2, 2, "0.1.0")))
             sock.recv(MESSAGE_NBYTES_MAX)
         return sock
 

@@ -109,7 +109,7 @@ def test_a_frozen_client_that_reads_nothing_holds_nobody_up(
     flooder.settimeout(10.0)
     with flooder, client_at("attached", store) as frozen:
         frozen.send_signal(signal.SIGSTOP)
-        fdpass.send_packet(flooder, encode(m.Hello(1, 1, "0.1.0")))
+        fdpass.send_packet(flooder, encode(m.Hello(2, 2, "0.1.0")))
         for _ in range(1000):
             fdpass.send_packet(flooder, encode(m.GetStatus()))
 
@@ -129,7 +129,7 @@ def test_a_client_that_takes_no_descriptors_loses_its_session_only(
     daemon.load(store, manifest.digest)
     full = fdpass.connect(daemon.directory.control_socket, 10.0)
     with full:
-        fdpass.send_packet(full, encode(m.Hello(1, 1, "0.1.0")))
+        fdpass.send_packet(full, encode(m.Hello(2, 2, "0.1.0")))
         for _ in range(1000):
             fdpass.send_packet(full, encode(m.GetStatus()))
         wait_until(lambda: "reply dropped" in daemon.log, "a full socket")

@@ -46,7 +46,7 @@ def test_descriptors_that_a_client_sends_are_not_kept(daemon: DaemonProcess) -> 
     reader, writer = os.pipe()
     with connect(daemon) as sock:
         fds = array.array("i", [writer] * 100)
-        sock.sendmsg([encode(m.Hello(1, 1, "0.1.0"))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        sock.sendmsg([encode(m.Hello(2, 2, "0.1.0"))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
         answer = decode(sock.recv(1 << 16), Channel.CONTROL, Sender.DAEMON)
 
         n_fds = daemon.n_fds()
@@ -121,7 +121,7 @@ def test_a_client_whose_hello_was_never_read_is_told_why(daemon: DaemonProcess) 
     clients = [daemon.client() for _ in range(SESSIONS_MAX)]
     daemon.process.send_signal(signal.SIGSTOP)
     with connect(daemon) as sock:
-        fdpass.send_packet(sock, encode(m.Hello(1, 1, "0.1.0")))
+        fdpass.send_packet(sock, encode(m.Hello(2, 2, "0.1.0")))
         daemon.process.send_signal(signal.SIGCONT)
 
         answer = decode(sock.recv(1 << 16), Channel.CONTROL, Sender.DAEMON)
@@ -134,7 +134,7 @@ def test_a_client_whose_hello_was_never_read_is_told_why(daemon: DaemonProcess) 
 def test_a_daemon_full_of_the_longest_texts_still_answers(daemon: DaemonProcess) -> None:
     sockets = [connect(daemon) for _ in range(SESSIONS_MAX - 1)]
     for sock in sockets:
-        fdpass.send_packet(sock, encode(m.Hello(1, 1, "\U0001f600" * 64)))
+        fdpass.send_packet(sock, encode(m.Hello(2, 2, "\U0001f600" * 64)))
     for sock in sockets:
         sock.recv(1 << 16)
 

@@ -34,7 +34,7 @@ def connect(service: Service, pid: int = 1, *, now: float = 0.0) -> Session:
     """Return a session that has said hello."""
     session = service.open_session(Credentials(pid, UID), now)
     assert isinstance(session, Session)
-    service.handle(session, m.Hello(1, 1, "0.1.0"), now)
+    service.handle(session, m.Hello(2, 2, "0.1.0"), now)
     return session
 
 

@@ -46,5 +46,5 @@ def service_with_a_session_of_this_process() -> Service:
     service = Service(uid=os.geteuid(), pid=1, new_token=lambda _: TOKEN, memory=lambda: MemoryFigures(0, 0), now=0.0)
     session = service.open_session(Credentials(os.getpid(), os.geteuid()), 0.0)
     assert isinstance(session, Session)
-    service.handle(session, m.Hello(1, 1, "0.1.0"), 0.0)
+    service.handle(session, m.Hello(2, 2, "0.1.0"), 0.0)
     return service

@@ -43,11 +43,20 @@ def test_a_resident_store_leases_nothing() -> None:
     put_store(service)
     attach(service, session)
 
-    reply = service.handle_request(session, m.Release(8, KEYS), 0.0)
+    reply = service.handle_request(session, m.Acquire(8, KEYS), 0.0)
 
     assert isinstance(reply, m.RequestRefusal)
     assert (reply.request_id, reply.reason.code) == (8, Code.STORE_IS_RESIDENT)
     service.close()
+
+
+def test_giving_back_what_needs_no_lease_is_not_answered() -> None:
+    service = new_service()
+    session = connect(service)
+
+    reply = service.handle_request(session, m.Release(8, KEYS), 0.0)
+
+    assert reply is None
 
 
 def test_stray_frames_are_counted() -> None:

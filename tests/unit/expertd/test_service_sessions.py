@@ -1,5 +1,6 @@
 """Who gets a session, with which version and token, and how it ends."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_a_second_hello_is_a_bad_message_and_leaves_the_token() -> None:
     session = connect(service)
     token = session.token
 
-    outcome = service.handle(session, m.Hello(1, 1, "0.1.0"), 0.0)
+    outcome = service.handle(session, m.Hello(2, 2, "0.1.0"), 0.0)
 
     assert refusal(outcome.reply).code is Code.BAD_MESSAGE
     assert session.token == token
@@ -182,9 +183,13 @@ def test_the_longest_status_fits_into_a_message() -> None:
     for pid in range(SESSIONS_MAX):
         session = service.open_session(Credentials((1 << 31) - pid, UID), 0.0)
         assert isinstance(session, Session)
-        service.handle(session, m.Hello(1, 1, "\U0001f600" * 64), 0.0)
+        service.handle(session, m.Hello(2, 2, "\U0001f600" * 64), 0.0)
         session.store = HeldStore(f"{0:064x}", Path("/store"))
+    status = service.status(1e9)
+    most = (1 << 63) - 1
+    stores = [replace(s, memory_nbytes=most, n_loads=most, read_nbytes=most) for s in status.stores]
+    sessions = [replace(s, n_hits=most, n_misses=most, read_nbytes=most, waited_s=1e9) for s in status.sessions]
 
-    data = encode(service.status(1e9))
+    data = encode(replace(status, stores=tuple(stores), sessions=tuple(sessions)))
 
     assert len(data) > 1 << 15

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from protocol.catalogue import Catalogue, decode_catalogue, encode_catalogue, plan_catalogue
+from protocol.catalogue import (
+    Catalogue,
+    decode_catalogue,
+    encode_catalogue,
+    plan_catalogue,
+    plan_tiered_catalogue,
+)
 from protocol.errors import MalformedMessage, ManifestError, SegmentError
 from protocol.handles import DenseHandle, ExpertHandle, ExpertKey
 from protocol.manifest import dump_manifest, load_manifest
+from protocol.segment import SegmentKind
 from tests.support.stores import write_random_store
 
 KEY = ExpertKey(0, 1)
@@ -18,6 +25,11 @@ KEY = ExpertKey(0, 1)
 @pytest.fixture
 def catalogue(tmp_path: Path) -> Catalogue:
     return plan_catalogue(write_random_store(tmp_path / "store"))
+
+
+@pytest.fixture
+def tiered(tmp_path: Path) -> Catalogue:
+    return plan_tiered_catalogue(write_random_store(tmp_path / "tiered"), {KEY}, n_slots=3)
 
 
 def with_handle(catalogue: Catalogue, **changes: int) -> Catalogue:
@@ -79,7 +91,58 @@ def test_a_corrupt_expert_simply_has_no_handle(catalogue: Catalogue) -> None:
     assert KEY in decoded.manifest.experts
 
 
-@pytest.mark.parametrize("data", [b"", b"\x94", b"\x94\xc4\x00\x90\x90\x90", b"\xc0", b"\x93\x01\x02\x03"])
+@pytest.mark.parametrize("data", [b"", b"\x94", b"\x95\xc4\x00\x90\xc0\x90\x90", b"\xc0", b"\x93\x01\x02\x03"])
 def test_junk_is_no_catalogue(data: bytes) -> None:
     with pytest.raises((SegmentError, MalformedMessage, ManifestError)):
+        decode_catalogue(data)
+
+
+def test_a_tiered_catalogue_comes_out_as_it_went_in(tiered: Catalogue) -> None:
+    assert decode_catalogue(encode_catalogue(tiered)) == tiered
+
+
+def test_a_tiered_catalogue_places_pinned_experts_and_slots_for_the_others(tiered: Catalogue) -> None:
+    kinds = [tiered.kind(segment) for segment in range(len(tiered.segments_nbytes))]
+
+    assert list(tiered.experts) == [KEY]
+    assert kinds == [SegmentKind.SEALED, SegmentKind.SEALED, SegmentKind.SLOTS, SegmentKind.SLOT_TABLE]
+    assert tiered.slots is not None
+    assert tiered.segments_nbytes[2] == 3 * tiered.slots.slot_nbytes
+    assert tiered.slots.slot_nbytes == max(record.nbytes for record in tiered.manifest.experts.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"slot_nbytes": 4096},
+        {"n_slots": 0},
+        {"n_slots": 4},
+        {"slots_per_segment": 0},
+        {"first_segment": 1},
+        {"table_segment": 4},
+    ],
+    ids=str,
+)
+def test_slots_that_are_not_what_the_segments_say_are_refused(tiered: Catalogue, changes: dict[str, int]) -> None:
+    assert tiered.slots is not None
+    data = encode_catalogue(dataclasses.replace(tiered, slots=dataclasses.replace(tiered.slots, **changes)))
+
+    with pytest.raises(SegmentError, match="slots"):
+        decode_catalogue(data)
+
+
+def test_slots_that_an_expert_does_not_fit_into_are_refused(tiered: Catalogue) -> None:
+    assert tiered.slots is not None
+    small = dataclasses.replace(tiered.slots, slot_nbytes=4096)
+    sizes = (*tiered.segments_nbytes[:2], 3 * 4096, small.table_nbytes)
+    data = encode_catalogue(dataclasses.replace(tiered, slots=small, segments_nbytes=sizes))
+
+    with pytest.raises(SegmentError, match="smaller than an expert"):
+        decode_catalogue(data)
+
+
+def test_a_handle_may_not_lie_in_a_slot(tiered: Catalogue) -> None:
+    data = encode_catalogue(with_handle(tiered, segment=2))
+
+    with pytest.raises(SegmentError, match=str(KEY)):
         decode_catalogue(data)

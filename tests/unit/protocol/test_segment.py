@@ -1,4 +1,5 @@
 import ctypes
+import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from protocol.errors import SegmentError
 from protocol.segment import (
     HUGE_PAGE_NBYTES,
     SegmentBuilder,
+    SegmentKind,
     check_seals_hold,
     check_segment,
     make_segment,
@@ -116,3 +118,42 @@ def test_an_empty_segment_is_refused() -> None:
 def _maps() -> str:
     with open("/proc/self/maps") as maps:  # noqa: PTH123 - not a file of ours
         return maps.read()
+
+
+def test_what_the_builder_writes_into_shared_slots_is_seen_through_the_read_only_mapping() -> None:
+    with SegmentBuilder("test", 8192) as builder:
+        builder.populate(0, 8192, collapse_until=0.0)
+        fd = builder.share()
+        view = map_segment(fd, 8192, SegmentKind.SLOTS)
+
+        builder.view[5000:5005] = b"hello"
+
+        assert bytes(view[5000:5005]) == b"hello"
+        os.close(fd)
+
+
+def test_nobody_but_the_builder_can_write_into_shared_slots() -> None:
+    with SegmentBuilder("test", 8192) as builder:
+        builder.populate(0, 8192, collapse_until=0.0)
+        fd = builder.share()
+        writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR) if os.access(f"/proc/self/fd/{fd}", os.W_OK) else fd
+
+        with pytest.raises(OSError, match=r"not permitted|Bad file"):
+            os.pwrite(writable, b"x", 0)
+        with pytest.raises(OSError, match=r"not permitted|denied"):
+            mmap.mmap(writable, 8192, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        with pytest.raises(OSError, match=r"not permitted|Invalid"):
+            os.ftruncate(writable, 0)
+
+        for each in {fd, writable}:
+            os.close(each)
+
+
+def test_slots_are_no_sealed_segment_and_a_sealed_segment_holds_no_slots(sealed: int) -> None:
+    with SegmentBuilder("test", 4096) as builder:
+        fd = builder.share()
+        with pytest.raises(SegmentError, match="seals"):
+            check_segment(fd, 4096)
+        with pytest.raises(SegmentError, match="seals"):
+            check_segment(sealed, 9000, SegmentKind.SLOTS)
+        os.close(fd)
