@@ -9,6 +9,7 @@ from types import TracebackType
 
 import psutil
 
+from expertd.cgroup import GroupMeter
 from expertd.errors import AlreadyRunning, StartFailed
 from expertd.service import MemoryFigures
 from protocol.runtime_dir import RuntimeDir, create_runtime_dir
@@ -80,24 +81,30 @@ class MemoryMeter:
     def __init__(self) -> None:
         self._own = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
         self._machine = os.open("/proc/meminfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._groups = GroupMeter()
 
     def figures(self) -> MemoryFigures:
         """Return the figures of now."""
         _size, resident, shared, *_ = os.pread(self._own, 4096, 0).split()
         machine = os.pread(self._machine, 1 << 16, 0)
-        available_kib = machine.split(b"MemAvailable:", 1)[1].split(None, 1)[0]
+        available_nbytes = int(machine.split(b"MemAvailable:", 1)[1].split(None, 1)[0]) * 1024
         private_nbytes = (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-        return MemoryFigures(private_nbytes, int(available_kib) * 1024)
+        return MemoryFigures(private_nbytes, _least(available_nbytes, self._groups.available_nbytes()))
 
     def close(self) -> None:
         """Close the files; to be called once."""
         os.close(self._own)
         os.close(self._machine)
+        self._groups.close()
 
 
 def available_nbytes() -> int:
-    """Return the memory that can still be taken without swapping."""
-    return int(psutil.virtual_memory().available)
+    """Return the memory that can still be taken without swapping: of the machine's, and of the control group's."""
+    groups = GroupMeter()
+    try:
+        return _least(int(psutil.virtual_memory().available), groups.available_nbytes())
+    finally:
+        groups.close()
 
 
 def allow_all_descriptors() -> None:
@@ -109,3 +116,7 @@ def allow_all_descriptors() -> None:
 def forbid_inspection() -> None:
     """Keep other processes of this user from reading this one's memory and descriptors, and the core dump off disk."""
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _least(machine_nbytes: int, group_nbytes: int | None) -> int:
+    return machine_nbytes if group_nbytes is None else min(machine_nbytes, group_nbytes)
