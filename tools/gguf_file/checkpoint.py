@@ -6,6 +6,7 @@ a time, in float32.
 
 import json
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 
 from expertd.convert.checkpoint import LocalCheckpoint
 from expertd.convert.mixtral import Matrix, dense_records, expert_records
+from protocol.mixtral_config import MixtralConfig
 from tools.geometry import Geometry
 from tools.gguf_file.errors import SourceInvalid
 from tools.gguf_file.model import GgufTensor, TensorTypes, add_sizes
 from tools.gguf_file.vocabulary import add_vocabulary, read_vocabulary, special_ids
 
 # GGUF's name within a layer: the store's name of the same tensor.
-_DENSE_ROLES = {
+DENSE_ROLES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
     "output": "lm_head",
@@ -32,7 +34,9 @@ _DENSE_ROLES = {
     "ffn_norm": "post_attention_norm",
     "ffn_gate_inp": "gate",
 }
-_EXPERT_ROLES = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
+EXPERT_ROLES = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 def checkpoint_types(experts: GGMLQuantizationType) -> TensorTypes:
@@ -49,26 +53,8 @@ class CheckpointSource:
 
     @property
     def geometry(self) -> Geometry:
-        """The sizes that its config.json says; raise SourceInvalid for what llama.cpp computes otherwise."""
-        config = self.checkpoint.config
-        if config.sliding_window is not None:
-            raise SourceInvalid("config.json: llama.cpp computes this architecture without a sliding window")
-        context = json.loads(self.checkpoint.side_files["config.json"]).get("max_position_embeddings")
-        return Geometry(
-            n_layers=config.n_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.n_heads,
-            kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            vocab=config.vocab_size,
-            experts=config.n_experts,
-            top_k=config.top_k,
-            rope_theta=config.rope_theta,
-            rms_norm_eps=config.rms_norm_eps,
-            context=context if type(context) is int else 4096,
-            is_tied=config.is_tied,
-        )
+        """The sizes that its config.json says; raise SourceInvalid."""
+        return geometry_of(self.checkpoint.config, self.checkpoint.side_files["config.json"])
 
     def add_keys(self, writer: GGUFWriter) -> None:
         """Add what the file says of the model and its tokenizer; raise SourceInvalid."""
@@ -82,8 +68,8 @@ class CheckpointSource:
 
     def tensor(self, tensor: GgufTensor) -> NDArray[np.uint8]:
         """Return the bytes of a tensor in its type, u8 [nbytes]; raise CheckpointError."""
-        if tensor.role in _EXPERT_ROLES:
-            part_name = _EXPERT_ROLES[tensor.role]
+        if tensor.role in EXPERT_ROLES:
+            part_name = EXPERT_ROLES[tensor.role]
             experts = [
                 _weights(self.checkpoint, matrix)
                 for source in expert_records(self.checkpoint.config)
@@ -100,7 +86,7 @@ class CheckpointSource:
         return _quantized(weights, tensor.type)
 
     def _dense_matrix(self, tensor: GgufTensor) -> Matrix:
-        role = _DENSE_ROLES[tensor.role]
+        role = DENSE_ROLES[tensor.role]
         name = role if tensor.layer is None else f"layers.{tensor.layer}.{role}"
         return next(source.matrices[0] for source in dense_records(self.checkpoint.config) if source.name == name)
 
@@ -112,14 +98,36 @@ class CheckpointSource:
         return document
 
 
-def rotary_order(weights: NDArray[np.float32], n_heads: int) -> NDArray[np.float32]:
+def geometry_of(config: MixtralConfig, config_file: bytes) -> Geometry:
+    """Return the sizes that a config.json says; raise SourceInvalid for what llama.cpp computes otherwise."""
+    if config.sliding_window is not None:
+        raise SourceInvalid("config.json: llama.cpp computes this architecture without a sliding window")
+    context = json.loads(config_file).get("max_position_embeddings")
+    return Geometry(
+        n_layers=config.n_layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.n_heads,
+        kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
+        experts=config.n_experts,
+        top_k=config.top_k,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.rms_norm_eps,
+        context=context if type(context) is int else 4096,
+        is_tied=config.is_tied,
+    )
+
+
+def rotary_order(rows: NDArray[_Number], n_heads: int) -> NDArray[_Number]:
     """Return the rows [n_heads * D, cols] of a rotated projection as llama.cpp turns them: pairs (2i, 2i + 1).
 
-    A checkpoint has the pairs (i, i + D/2) of each head.
+    A checkpoint, like a store, has the pairs (i, i + D/2) of each head.
     """
-    rows, cols = weights.shape
-    halves = weights.reshape(n_heads, 2, rows // n_heads // 2, cols)
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, cols)
+    n_rows, cols = rows.shape
+    halves = rows.reshape(n_heads, 2, n_rows // n_heads // 2, cols)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(n_rows, cols)
 
 
 def _weights(checkpoint: LocalCheckpoint, matrix: Matrix) -> NDArray[np.float32]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from expertd.convert.errors import ConvertError
+from expertd.errors import ExpertdError
 from tools.geometry import chosen_geometry, geometry_options
 from tools.gguf_file.errors import GgufFileError
 
@@ -85,12 +86,25 @@ def checkpoint(checkpoint: Path, out: Path, *, experts_type: str) -> None:
         _write(out, listed, source.add_keys, source.tensor)
 
 
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+def store(store: Path, out: Path) -> None:
+    """Write the weights of a synthetic STORE to OUT, exactly, with a tokenizer that makes each byte a token."""
+    _check_gguf()
+    from tools.gguf_file.model import tensors
+    from tools.gguf_file.store import open_store_source
+
+    with _errors_told(), open_store_source(store) as source:
+        _write(out, tensors(source.geometry, source.types), source.add_keys, source.tensor)
+
+
 @contextmanager
 def _errors_told() -> Iterator[None]:
     """End the program with one line for an error that its user can understand."""
     try:
         yield
-    except (GgufFileError, ConvertError) as error:
+    except (GgufFileError, ConvertError, ExpertdError) as error:
         click.echo(f"gguf_file: {error}", err=True)
         sys.exit(1)
 

@@ -54,6 +54,21 @@ def read_vocabulary(tokenizer: Mapping[str, object], vocab_size: int) -> Vocabul
     )
 
 
+def byte_vocabulary(vocab_size: int) -> Vocabulary:
+    """Return a vocabulary whose id of a byte is its value, filled up to vocab_size; raise SourceInvalid.
+
+    llama.cpp wants a merge: two zero bytes, which no text has, are one token more.
+    """
+    zero = _byte_character(0)
+    used = (*(_byte_character(byte) for byte in range(256)), zero + zero)
+    if vocab_size < len(used):
+        raise SourceInvalid(f"a vocabulary of {vocab_size} tokens: at least {len(used)} are expected, one a byte")
+    n_unused = vocab_size - len(used)
+    tokens = (*used, *(f"[PAD{token_id}]" for token_id in range(len(used), vocab_size)))
+    types = (TokenType.NORMAL,) * len(used) + (TokenType.UNUSED,) * n_unused
+    return Vocabulary(tokens, types, (f"{zero} {zero}",))
+
+
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, special: Mapping[str, int]) -> None:
     """Add the tokenizer's keys; special are the ids of bos, eos, pad and unk that there are."""
     writer.add_tokenizer_model(_MODEL)
@@ -82,6 +97,14 @@ def special_ids(vocabulary: Vocabulary, tokenizer_config: Mapping[str, object]) 
         if isinstance(content, str) and content in ids:
             found[name] = ids[content]
     return found
+
+
+def _byte_character(byte: int) -> str:
+    """Return the character that stands for a byte in byte-level BPE: itself where it is visible."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    if byte in visible:
+        return chr(byte)
+    return chr(0x100 + byte - sum(other < byte for other in visible))
 
 
 def _check_splitting(pre_tokenizer: object) -> None:

@@ -8,6 +8,7 @@ import click
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import ConvertError
 from tools.geometry import chosen_geometry, geometry_options
+from tools.synthetic_store.packed import SecondLevel
 from tools.synthetic_store.store import SyntheticPlan, plan_synthetic_store, write_synthetic_store
 
 _EXIT_INTERRUPTED = 130
@@ -20,6 +21,7 @@ _EXIT_INTERRUPTED = 130
 @click.option("--attention", default="4bit-g64", show_default=True, help="Likewise.")
 @click.option("--head", default="8bit-g64", show_default=True, help="Likewise.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Where the numbers start.")
+@click.option("--for-gguf", is_flag=True, help="Weights that `tools.gguf_file store` can write exactly, for llama.cpp.")
 @click.option("--force", is_flag=True, help="Replace a store that stands there.")
 def main(
     out: Path,
@@ -29,6 +31,7 @@ def main(
     attention: str,
     head: str,
     seed: int,
+    for_gguf: bool,
     force: bool,
     **sizes: int | None,
 ) -> None:
@@ -38,7 +41,8 @@ def main(
     """
     try:
         schemes = QuantizeConfig(experts=experts_scheme, attention=attention, head=head)
-        plan = plan_synthetic_store(chosen_geometry(geometry_name, sizes), schemes)
+        second_level = SecondLevel.GGUF if for_gguf else SecondLevel.FULL
+        plan = plan_synthetic_store(chosen_geometry(geometry_name, sizes), schemes, second_level)
         _write(out, plan, seed, force=force)
     except ConvertError as error:
         click.echo(f"synthetic_store: {error}", err=True)

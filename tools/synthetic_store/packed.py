@@ -8,10 +8,14 @@ For codes q, uniform in all that the width has, and second-level bytes s and b, 
 
     w = scale_step * (s * c + base)         c = q - center, base = base_min + base_step * b
     E[base] = -E[s] E[c], so E[w] = 0       var(w) = scale_step² * (E[s²] E[c²] - E[s]² E[c]² + base_step² * var(b))
+
+Where llama.cpp is to compute with the same weights, they are such that a GGUF holds them exactly (SecondLevel.GGUF):
+as Q4_K, w = d s q - dmin b with 6 bits for s and b, or as Q8_0, w = d q, both with d in fp16.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +35,17 @@ from protocol.schemes import BF16, Scheme, scheme_named
 Bytes = NDArray[np.uint8]
 
 _STRIP_NBYTES = 8 << 20
-_BYTE_MAX = 255
 # The bases of a row differ by a quarter of what the codes span at a middling scale.
 _BASE_SPREAD = 0.25
+# So few that fp16 still holds the product of a row's step with a scale, and with a mean code such as 7.5.
+_GGUF_STEP_NBITS = 5
+
+
+class SecondLevel(Enum):
+    """Which second-level bytes s and b there are; the value is the largest."""
+
+    FULL = 255
+    GGUF = 63
 
 
 def random_record(parts: Sequence[Part], nbytes: int, generator: np.random.Generator) -> Iterator[Bytes]:
@@ -46,13 +58,15 @@ def random_record(parts: Sequence[Part], nbytes: int, generator: np.random.Gener
     yield np.zeros(n_left, np.uint8)
 
 
-def random_part(part: Part, std: float, generator: np.random.Generator) -> Iterator[Bytes]:
+def random_part(
+    part: Part, std: float, generator: np.random.Generator, second_level: SecondLevel = SecondLevel.FULL
+) -> Iterator[Bytes]:
     """Yield the bytes of a part with weights of that standard deviation, in order, padded to the plane alignment."""
     scheme = scheme_named(part.scheme)
     if scheme.is_quantized:
         plan = panel_plan(part.rows, part.cols, scheme)
-        yield _row_planes(part.rows, plan, scheme, std)
-        yield from _panels(part.rows, plan, generator)
+        yield _row_planes(part.rows, plan, scheme, std, second_level)
+        yield from _panels(part.rows, plan, generator, second_level)
     else:
         yield from _sixteen_bit(part, scheme, std, generator)
     yield from _padding(part)
@@ -70,17 +84,19 @@ def _padding(part: Part) -> Iterator[Bytes]:
     yield np.zeros(aligned(nbytes, PLANE_ALIGNMENT) - nbytes, np.uint8)
 
 
-def _row_planes(rows: int, plan: PanelPlan, scheme: Scheme, std: float) -> Bytes:
+def _row_planes(rows: int, plan: PanelPlan, scheme: Scheme, std: float, second_level: SecondLevel) -> Bytes:
     """Return scale_step, base_min and base_step; 0 for the rows that only fill the last panel."""
     code_max = (1 << scheme.nbits) - 1
     mean_code = code_max / 2 - scheme.center
     mean_square_of_codes = _variance(code_max) + mean_code**2
-    mean_byte = _BYTE_MAX / 2
-    mean_square_of_bytes = _variance(_BYTE_MAX) + mean_byte**2
-    base_step = code_max * mean_byte * _BASE_SPREAD / _BYTE_MAX
-    base_min = -mean_byte * mean_code - base_step * mean_byte
+    byte_max = second_level.value
+    mean_byte = byte_max / 2
+    mean_square_of_bytes = _variance(byte_max) + mean_byte**2
+    base_min, base_step = _bases(scheme, code_max, mean_code, second_level)
     variance_of_products = mean_square_of_bytes * mean_square_of_codes - (mean_byte * mean_code) ** 2
-    scale_step = std / math.sqrt(variance_of_products + base_step**2 * _variance(_BYTE_MAX))
+    scale_step = std / math.sqrt(variance_of_products + base_step**2 * _variance(byte_max))
+    if second_level is SecondLevel.GGUF:
+        scale_step = _rounded(scale_step, _GGUF_STEP_NBITS)
     planes = np.zeros(plan.panels_offset, np.uint8)
     for offset, value in (
         (plan.scale_step_offset, scale_step),
@@ -91,16 +107,33 @@ def _row_planes(rows: int, plan: PanelPlan, scheme: Scheme, std: float) -> Bytes
     return planes
 
 
+def _bases(scheme: Scheme, code_max: int, mean_code: float, second_level: SecondLevel) -> tuple[float, float]:
+    """Return base_min and base_step, which make the weights' mean 0: nearly, for 8 bits in a GGUF."""
+    if second_level is SecondLevel.GGUF:
+        return 0.0, 0.0 if scheme.center else -mean_code
+    mean_byte = second_level.value / 2
+    base_step = code_max * mean_byte * _BASE_SPREAD / second_level.value
+    return -mean_byte * mean_code - base_step * mean_byte, base_step
+
+
+def _rounded(value: float, nbits: int) -> float:
+    """Return the nearest number with a mantissa of so many bits."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, nbits)), exponent - nbits)
+
+
 def _variance(largest: int) -> float:
     """Return the variance of whole numbers uniform in 0 … largest."""
     return ((largest + 1) ** 2 - 1) / 12
 
 
-def _panels(rows: int, plan: PanelPlan, generator: np.random.Generator) -> Iterator[Bytes]:
+def _panels(rows: int, plan: PanelPlan, generator: np.random.Generator, second_level: SecondLevel) -> Iterator[Bytes]:
     per_strip = max(1, _STRIP_NBYTES // plan.panel_nbytes)
     for first in range(0, plan.n_panels, per_strip):
         n_panels = min(per_strip, plan.n_panels - first)
         panels = _random_bytes(n_panels * plan.panel_nbytes, generator).reshape(n_panels, plan.panel_nbytes)
+        for start in range(0, plan.filled_nbytes, plan.stripe_nbytes):
+            panels[:, start : start + STRIPE_METADATA_NBYTES] &= second_level.value
         last_stripe = (plan.n_stripes - 1) * plan.stripe_nbytes
         n_last_blocks = plan.n_blocks - (plan.n_stripes - 1) * plan.blocks_per_stripe
         last_metadata_nbytes = n_last_blocks * STRIPE_METADATA_NBYTES // plan.blocks_per_stripe

@@ -27,7 +27,7 @@ from expertd.convert.writer import RecordFiles, record_files_with_headers, write
 from protocol.layout import R8
 from protocol.manifest import MANIFEST_FILE, Manifest, Record, SideFile, TensorSchemes, dump_manifest
 from tools.geometry import Geometry
-from tools.synthetic_store.packed import ones_part, random_part
+from tools.synthetic_store.packed import SecondLevel, ones_part, random_part
 
 # What the manifest says in place of the solver that found the codes.
 _SOLVER = "random"
@@ -60,6 +60,7 @@ class SyntheticPlan:
 
     checkpoint: SyntheticCheckpoint
     store: StorePlan
+    second_level: SecondLevel = SecondLevel.FULL
 
     @property
     def nbytes(self) -> int:
@@ -72,10 +73,12 @@ class SyntheticPlan:
         return _MANIFEST_NBYTES_PER_RECORD * (len(self.store.records) + 8)
 
 
-def plan_synthetic_store(geometry: Geometry, schemes: QuantizeConfig) -> SyntheticPlan:
+def plan_synthetic_store(
+    geometry: Geometry, schemes: QuantizeConfig, second_level: SecondLevel = SecondLevel.FULL
+) -> SyntheticPlan:
     """Return the plan of a store; raise CheckpointError for sizes that make no Mixtral or fit no scheme."""
     checkpoint = SyntheticCheckpoint(geometry)
-    return SyntheticPlan(checkpoint, plan_store(checkpoint, schemes))
+    return SyntheticPlan(checkpoint, plan_store(checkpoint, schemes), second_level)
 
 
 def write_synthetic_store(
@@ -96,7 +99,7 @@ def write_synthetic_store(
             for number, planned in enumerate(plan.store.records):
                 asked.check()
                 generator = np.random.Generator(np.random.SFC64([seed, number]))
-                records[planned.name] = _write_record(files, planned, generator)
+                records[planned.name] = _write_record(files, planned, generator, plan.second_level)
                 on_written(planned.nbytes)
                 if _is_last_of_file(plan.store, number):
                     files.sync(planned.file)
@@ -109,23 +112,25 @@ def write_synthetic_store(
     return manifest
 
 
-def _write_record(files: RecordFiles, planned: PlannedRecord, generator: np.random.Generator) -> Record:
+def _write_record(
+    files: RecordFiles, planned: PlannedRecord, generator: np.random.Generator, second_level: SecondLevel
+) -> Record:
     checksum = xxhash.xxh3_128()
     end = planned.offset
-    for data in _record_bytes(planned, generator):
+    for data in _record_bytes(planned, generator, second_level):
         checksum.update(data)
         files.write(planned.file, end, data)
         end += len(data)
     return Record(R8, planned.parts, planned.file, planned.offset, planned.nbytes, checksum.hexdigest())
 
 
-def _record_bytes(planned: PlannedRecord, generator: np.random.Generator) -> Iterator[bytes]:
+def _record_bytes(planned: PlannedRecord, generator: np.random.Generator, second_level: SecondLevel) -> Iterator[bytes]:
     """Yield a record's bytes in order, padded to its length; weights keep the variance of what they multiply."""
     nbytes = 0
     for part in planned.parts:
         is_norm = planned.name.endswith("norm")
         std = _EMBEDDING_STD if planned.name == "embed_tokens" else part.cols**-0.5
-        for data in ones_part(part) if is_norm else random_part(part, std, generator):
+        for data in ones_part(part) if is_norm else random_part(part, std, generator, second_level):
             nbytes += data.nbytes
             yield data.tobytes()
     yield bytes(planned.nbytes - nbytes)

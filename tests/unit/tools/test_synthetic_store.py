@@ -19,7 +19,7 @@ from quant.packing import pack, unpack
 from quant.reference import dequantize
 from tools.geometry import GEOMETRIES, MIXTRAL_8X7B, Geometry
 from tools.synthetic_store.cli import main
-from tools.synthetic_store.packed import ones_part, random_part
+from tools.synthetic_store.packed import SecondLevel, ones_part, random_part
 from tools.synthetic_store.store import plan_synthetic_store, write_synthetic_store
 
 SMALL = replace(
@@ -74,6 +74,17 @@ def test_quantized_weights_have_mean_0_and_the_standard_deviation_asked_for(sche
     # Weights of a group share scale and zero: far fewer than half a million are independent.
     assert weights.mean().abs() < 0.02 * STD
     assert weights.std() == pytest.approx(STD, rel=0.02)
+
+
+@pytest.mark.parametrize("scheme", [Q8_G64, Q4_G64], ids=lambda scheme: scheme.name)
+def test_weights_for_a_gguf_have_nearly_the_mean_and_deviation_asked_for(scheme: Scheme) -> None:
+    parts = random_part(Part("w", 512, 1024, scheme.name), STD, np.random.default_rng(0), SecondLevel.GGUF)
+
+    weights = dequantize(torch.from_numpy(np.concatenate(list(parts))), 512, 1024, scheme)
+
+    assert weights.mean().abs() < 0.02 * STD
+    # A step has five bits.
+    assert weights.std() == pytest.approx(STD, rel=0.04)
 
 
 @pytest.mark.parametrize("scheme", [BF16, FP16], ids=["bf16", "fp16"])
