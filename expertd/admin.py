@@ -25,6 +25,7 @@ from protocol.messages import StoreState, StoreStatus
 from protocol.runtime_dir import RuntimeDir, create_runtime_dir
 
 READY_WITHIN_S = 20.0
+_TAKEN_OVER_WITHIN_S = 300.0  # every byte is proven first
 _MEET_WITHIN_S = 10.0
 _SPAWN_AGAIN_S = 0.5
 _POLL_S = 0.02
@@ -65,6 +66,29 @@ def start_in_background(directory: RuntimeDir, arguments: list[str]) -> StartedD
         if time.monotonic() > spawn_again_at:
             was_started = _spawn(directory, arguments)
             spawn_again_at = time.monotonic() + _SPAWN_AGAIN_S
+
+
+def restart_daemon(directory: RuntimeDir, arguments: list[str], old_pid: int) -> ControlClient:
+    """Return a session with a new daemon that has the stores of the old one, and its place; raise StartFailed.
+
+    Where the old daemon does not let itself be taken over, it goes on.
+    """
+    unit = service_unit(old_pid)
+    if unit is not None:
+        raise StartFailed(f"systemd runs this expertd (pid {old_pid}): `systemctl restart {unit}` keeps its stores")
+    if not _spawn(directory, ["--take-over", *arguments], within_s=_TAKEN_OVER_WITHIN_S):
+        raise StartFailed("another expertd was started meanwhile; see `expertd status`")
+    return ControlClient(directory)
+
+
+def service_unit(pid: int) -> str | None:
+    """Return the unit of the service manager that a process is the main process of; None if there is none."""
+    try:
+        groups = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    names = {line.rsplit("/", 1)[-1] for line in groups}
+    return next((name for name in sorted(names) if name.startswith("expertd") and name.endswith(".service")), None)
 
 
 def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, int], None]) -> LoadOutcome:
@@ -126,7 +150,7 @@ def stop_daemon(client: ControlClient, *, within_s: float) -> bool:
         os.close(pidfd)
 
 
-def _spawn(directory: RuntimeDir, arguments: list[str]) -> bool:
+def _spawn(directory: RuntimeDir, arguments: list[str], within_s: float = READY_WITHIN_S) -> bool:
     """Start a daemon and wait for its word; return whether it is the one that serves. Raise StartFailed."""
     create_runtime_dir(directory)
     try:
@@ -152,7 +176,7 @@ def _spawn(directory: RuntimeDir, arguments: list[str]) -> bool:
         os.close(log)
     with os.fdopen(reader, "rb", buffering=0) as pipe:
         try:
-            word = _word_from(pipe, directory)
+            word = _word_from(pipe, directory, within_s)
         except BaseException:  # the user's Ctrl-C too: what is not ready yet must not be left behind
             process.terminate()
             process.wait()
@@ -167,9 +191,9 @@ def _spawn(directory: RuntimeDir, arguments: list[str]) -> bool:
     return True
 
 
-def _word_from(pipe: FileIO, directory: RuntimeDir) -> bytes:
-    if not select.select([pipe], [], [], READY_WITHIN_S)[0]:
-        raise StartFailed(f"expertd was not ready within {READY_WITHIN_S:.0f} s; its log is {directory.log}")
+def _word_from(pipe: FileIO, directory: RuntimeDir, within_s: float) -> bytes:
+    if not select.select([pipe], [], [], within_s)[0]:
+        raise StartFailed(f"expertd was not ready within {within_s:.0f} s; its log is {directory.log}")
     return pipe.read(1)
 
 

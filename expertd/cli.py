@@ -92,22 +92,26 @@ def quantize(
     "--idle-timeout", type=click.FloatRange(0, 1e9), default=None, help="End after so many seconds unused; 0: never."
 )
 @click.option("--ready-fd", type=int, default=None, hidden=True)
+@click.option("--take-over", is_flag=True, hidden=True)
 def start(
-    stores: tuple[Path, ...], foreground: bool, config: Path | None, idle_timeout: float | None, ready_fd: int | None
+    stores: tuple[Path, ...],
+    *,
+    foreground: bool,
+    config: Path | None,
+    idle_timeout: float | None,
+    ready_fd: int | None,
+    take_over: bool,
 ) -> None:
     """Start the daemon if none runs, and load STORES into it."""
-    if idle_timeout is not None and not math.isfinite(idle_timeout):
-        raise click.UsageError(f"--idle-timeout: a number of seconds was expected, {idle_timeout} came")
+    _check_idle_timeout(idle_timeout)
     if foreground:
-        _start_in_foreground(stores, config, idle_timeout, ready_fd)
+        _start_in_foreground(stores, config, idle_timeout, ready_fd, takes_over=take_over)
         return
     from expertd.admin import start_in_background
-    from expertd.config import load_config, my_runtime_dir
+    from expertd.config import my_runtime_dir
     from expertd.store import read_manifest
 
-    load_config(config)  # a mistake in it is said here, not in a log
-    arguments = ["--config", str(config.absolute())] if config else []
-    arguments += ["--idle-timeout", str(idle_timeout)] if idle_timeout is not None else []
+    arguments = _daemon_arguments(config, idle_timeout)
     for store in stores:
         with _naming(store):
             read_manifest(store)
@@ -173,6 +177,27 @@ def stop() -> None:
         if not stop_daemon(client, within_s=15.0):
             raise ExpertdError(f"expertd (pid {pid}) does not end; `kill -9 {pid}` if it must")
     click.echo(f"expertd: stopped, pid {pid}", err=True)
+
+
+@cli.command()
+@click.option("--config", type=click.Path(path_type=Path), default=None, help="Settings [default: the user's own].")
+@click.option(
+    "--idle-timeout", type=click.FloatRange(0, 1e9), default=None, help="End after so many seconds unused; 0: never."
+)
+def restart(config: Path | None, idle_timeout: float | None) -> None:
+    """Put a new daemon in the place of the one that runs, with its stores; runners go on and attach to it."""
+    from expertd.admin import restart_daemon
+    from expertd.config import my_runtime_dir
+    from protocol.messages import GetStatus, Status
+
+    arguments = _daemon_arguments(config, idle_timeout)
+    with _connect() as client:
+        old_pid = client.welcome.pid
+    with restart_daemon(my_runtime_dir(), arguments, old_pid) as client:
+        stores = client.ask(GetStatus(), Status).stores
+        click.echo(f"expertd: restarted, pid {client.welcome.pid} in place of {old_pid}", err=True)
+    for store in stores:
+        click.echo(f"expertd: {store.path} is {store.state}: {store.nbytes / 1e9:.2f} GB", err=True)
 
 
 @cli.command()
@@ -264,14 +289,38 @@ def _quantize(
         )
 
 
+def _check_idle_timeout(idle_timeout_s: float | None) -> None:
+    if idle_timeout_s is not None and not math.isfinite(idle_timeout_s):
+        raise click.UsageError(f"--idle-timeout: a number of seconds was expected, {idle_timeout_s} came")
+
+
+def _daemon_arguments(config: Path | None, idle_timeout_s: float | None) -> list[str]:
+    """Return the options of a daemon in the background; a mistake is said here, not in its log."""
+    from expertd.config import load_config
+
+    _check_idle_timeout(idle_timeout_s)
+    load_config(config)
+    arguments = ["--config", str(config.absolute())] if config else []
+    return arguments + (["--idle-timeout", str(idle_timeout_s)] if idle_timeout_s is not None else [])
+
+
 def _start_in_foreground(
-    stores: tuple[Path, ...], config_path: Path | None, idle_timeout_s: float | None, ready_fd: int | None
+    stores: tuple[Path, ...],
+    config_path: Path | None,
+    idle_timeout_s: float | None,
+    ready_fd: int | None,
+    *,
+    takes_over: bool,
 ) -> None:
-    from expertd.config import load_config, my_runtime_dir
+    from expertd.config import load_config, my_runtime_dir, take_manager_environment
     from expertd.daemon import StoreOrder, run_daemon
     from expertd.lifecycle import ReadyPipe
     from expertd.store import path_problem, read_manifest
+    from expertd.systemd import ManagerEnvironment, ServiceManager
 
+    said = take_manager_environment()
+    # With somebody else waiting for its word, it is no service: what stands there is meant for a parent.
+    manager = ServiceManager(said if ready_fd is None else ManagerEnvironment())
     config = load_config(config_path)
     if idle_timeout_s is not None:
         config = replace(config, idle_timeout_s=idle_timeout_s)
@@ -283,7 +332,7 @@ def _start_in_foreground(
         problem = path_problem(str(order.path))
         if problem:
             raise ExpertdError(f"{order.path}: {problem}")
-    run_daemon(config, my_runtime_dir(), orders, ReadyPipe(ready_fd))
+    run_daemon(config, my_runtime_dir(), orders, ReadyPipe(ready_fd), manager, takes_over=takes_over)
 
 
 def _connect() -> "ControlClient":

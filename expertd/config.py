@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from expertd.errors import ConfigError
+from expertd.systemd import MANAGER_VARIABLES, ManagerEnvironment, manager_environment
 from protocol.runtime_dir import RuntimeDir, runtime_dir
 
 
@@ -37,6 +38,14 @@ def config_file() -> Path:
     """Return where a user's own settings are read from."""
     base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(base) / "expertd" / "expertd.toml"
+
+
+def take_manager_environment() -> ManagerEnvironment:
+    """Return what a service manager told this process, and take it out of the environment: children are not meant."""
+    said = manager_environment(os.environ, os.getpid())
+    for name in MANAGER_VARIABLES:
+        os.environ.pop(name, None)
+    return said
 
 
 def load_config(path: Path | None) -> DaemonConfig:

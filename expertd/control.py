@@ -53,12 +53,17 @@ class ControlLoop:
         clock: Callable[[], float],
         start_load: Callable[[HeldStore], None],
         idle_timeout_s: float | None,
+        after_round: Callable[[], None] = lambda: None,
+        tick_s: float | None = None,
     ) -> None:
+        """`after_round` is called behind whatever happened, and every `tick_s` if nothing does, without the lock."""
         self._service = service
         self._lock = lock
         self._clock = clock
         self._start_load = start_load
         self._idle_timeout_s = idle_timeout_s
+        self._after_round = after_round
+        self._tick_s = tick_s
         self._posted: deque[Callable[[], None]] = deque()
         self._connections: dict[int, Connection] = {}
         self._is_stopping = False
@@ -92,6 +97,7 @@ class ControlLoop:
                     self._posted.popleft()()
                 self._drop_overdue()
                 self._stop_if_idle()
+            self._after_round()
 
     def close(self) -> None:
         """Say goodbye to every session and close all sockets."""
@@ -214,10 +220,12 @@ class ControlLoop:
             self._begin_stop()
 
     def _wait_s(self) -> float | None:
-        is_waiting_for_hello = any(c.session.token is None for c in self._connections.values())
-        if self._idle_timeout_s is None and not is_waiting_for_hello:
-            return None
-        return _TICK_S if self._idle_timeout_s is None else min(_TICK_S, self._idle_timeout_s)
+        ticks = [] if self._tick_s is None else [self._tick_s]
+        if any(c.session.token is None for c in self._connections.values()):
+            ticks.append(_TICK_S)
+        if self._idle_timeout_s is not None:
+            ticks.append(min(_TICK_S, self._idle_timeout_s))
+        return min(ticks, default=None)
 
 
 def _refuse(sock: socket.socket, refusal: Refused) -> None:

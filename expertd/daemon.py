@@ -4,7 +4,8 @@
     request thread   RequestServer: ZeroMQ requests
     loader thread    one load at a time, with worker threads of its own; posts its result to the main thread
 
-SIGTERM and SIGINT drain: no new work, a word to every session, loads dropped. A second one ends at once.
+SIGTERM and SIGINT drain: no new work, a word to every session, loads dropped. A second one ends at once. SIGHUP has a
+daemon in the background make its log anew; one in a terminal has lost it, and drains.
 """
 
 import logging
@@ -23,11 +24,13 @@ from types import FrameType
 from expertd.config import DaemonConfig
 from expertd.control import ControlLoop
 from expertd.errors import AlreadyRunning, ExpertdError, LoadCancelled, LoadFailed
+from expertd.handover import TakenStore, prove_kept, take_over
 from expertd.lifecycle import (
     BUSY,
     READY,
     DaemonLock,
     MemoryMeter,
+    OwnLog,
     ReadyPipe,
     allow_all_descriptors,
     available_nbytes,
@@ -37,12 +40,17 @@ from expertd.loader import LoadedStore, Loader, LoaderSettings
 from expertd.server import RequestServer
 from expertd.service import Service
 from expertd.stores import HeldStore
+from expertd.supervision import Supervision
+from expertd.systemd import ServiceManager
 from protocol.errors import OutOfMemory, ProtocolError
 from protocol.messages import Code
 from protocol.runtime_dir import RuntimeDir
 from protocol.segment import check_seals_hold
 
 logger = logging.getLogger(__name__)
+
+# The daemon before has ended when its lock is asked for; one that was started meanwhile may hold it for good.
+_LOCK_WITHIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,38 +61,54 @@ class StoreOrder:
     digest: str
 
 
-def run_daemon(config: DaemonConfig, directory: RuntimeDir, orders: Sequence[StoreOrder], ready: ReadyPipe) -> None:
-    """Be the daemon until told to stop; raise AlreadyRunning, ProtocolError, or LoadFailed for a store of `orders`."""
+def run_daemon(
+    config: DaemonConfig,
+    directory: RuntimeDir,
+    orders: Sequence[StoreOrder],
+    ready: ReadyPipe,
+    manager: ServiceManager,
+    *,
+    takes_over: bool = False,
+) -> None:
+    """Be the daemon until told to stop; raise ExpertdError or ProtocolError, LoadFailed for a store of `orders`.
+
+    `takes_over`: with the stores, and in the place, of the daemon that runs.
+    """
     _log_to_stderr(config.log_level)
     os.umask(0o077)
+    forbid_inspection()
+    allow_all_descriptors()
+    check_seals_hold()
+    taken = take_over(directory, n_threads=config.n_loader_threads) if takes_over else []
     try:
-        lock = DaemonLock(directory)
+        lock = DaemonLock(directory, within_s=_LOCK_WITHIN_S if takes_over else 0.0)
     except AlreadyRunning:
         ready.tell(BUSY)
         raise
     with lock:
-        forbid_inspection()
-        allow_all_descriptors()
-        check_seals_hold()
-        daemon = Daemon(config, directory, ready)
-        daemon.run(orders)
+        taken += prove_kept(manager.take_kept(), n_threads=config.n_loader_threads)
+        daemon = Daemon(config, directory, ready, manager)
+        daemon.run(orders, taken)
 
 
 class Daemon:
     """The threads of the daemon and what passes between them."""
 
-    def __init__(self, config: DaemonConfig, directory: RuntimeDir, ready: ReadyPipe) -> None:
+    def __init__(self, config: DaemonConfig, directory: RuntimeDir, ready: ReadyPipe, manager: ServiceManager) -> None:
         self._config = config
+        self._manager = manager
         self._ready: ReadyPipe | None = ready
         self._awaited: list[HeldStore] = []
         self._failure: ExpertdError | None = None
         self._n_signals = 0
+        self._log = OwnLog(directory)
         self._meter = MemoryMeter()
         now = time.monotonic()
         self._service = Service(
             uid=os.geteuid(), pid=os.getpid(), new_token=secrets.token_bytes, memory=self._meter.figures, now=now
         )
         lock = threading.Lock()
+        supervision = Supervision(manager, self._service, lock, clock=time.monotonic)
         self._loads = ThreadPoolExecutor(1, "expertd-loader")
         self._control = ControlLoop(
             directory,
@@ -93,6 +117,8 @@ class Daemon:
             clock=time.monotonic,
             start_load=self._start_load,
             idle_timeout_s=config.idle_timeout_s or None,
+            after_round=supervision.after_round,
+            tick_s=supervision.tick_s,
         )
         self._requests = RequestServer(
             directory,
@@ -103,19 +129,22 @@ class Daemon:
             on_failure=self._on_request_thread_failed,
         )
 
-    def run(self, orders: Sequence[StoreOrder]) -> None:
-        """Serve until stopped; raise LoadFailed if a store of `orders` could not be loaded."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def run(self, orders: Sequence[StoreOrder], taken: Sequence[TakenStore] = ()) -> None:
+        """Serve until stopped, with the stores of a daemon before; raise LoadFailed if one of `orders` cannot be."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
-        self._awaited = [self._service.begin_load(order.path, order.digest) for order in orders]
+        held = self._hold(taken)
+        self._awaited = [self._service.begin_load(o.path, o.digest) for o in orders if o.digest not in held]
+        unfinished = [self._service.begin_load(s.path, s.digest) for s in taken if s.digest not in held]
         self._requests.start()
         try:
-            for store in self._awaited:
+            for store in (*self._awaited, *unfinished):
                 self._start_load(store)
             self._control.post(self._tell_ready)
-            logger.info("serving pid=%d stores=%d", os.getpid(), len(orders))
+            logger.info("serving pid=%d stores=%d taken=%d", os.getpid(), len(orders), len(held))
             self._control.run()
         finally:
+            self._manager.tell_stopping()
             self._requests.stop()
             self._control.close()
             self._loads.shutdown(wait=True, cancel_futures=True)
@@ -125,7 +154,18 @@ class Daemon:
         if self._failure is not None:
             raise self._failure
 
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+    def _hold(self, taken: Sequence[TakenStore]) -> set[str]:
+        """Serve what is in memory already; return its digests."""
+        for store in taken:
+            if store.loaded is not None:
+                logger.info("store taken digest=%s nbytes=%d", store.digest[:12], store.loaded.nbytes)
+                self._service.hold(store.path, store.loaded)
+        return {store.digest for store in taken if store.loaded is not None}
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self._log.is_ours:
+            self._log.reopen()
+            return
         self._n_signals += 1
         if self._n_signals > 1:
             os._exit(1)
@@ -178,6 +218,7 @@ class Daemon:
         """Say READY once, when every store of the start is in memory."""
         if self._ready is not None and all(store.loaded for store in self._awaited):
             self._ready.tell(READY)
+            self._manager.tell_ready()
             self._ready = None
 
 

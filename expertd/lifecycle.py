@@ -2,9 +2,13 @@
 
 import ctypes
 import fcntl
+import logging
 import os
 import resource
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
 from types import TracebackType
 
 import psutil
@@ -14,9 +18,12 @@ from expertd.errors import AlreadyRunning, StartFailed
 from expertd.service import MemoryFigures
 from protocol.runtime_dir import RuntimeDir, create_runtime_dir
 
+logger = logging.getLogger(__name__)
+
 READY = b"R"
 BUSY = b"B"
 
+_LOCK_POLL_S = 0.002
 _PR_SET_DUMPABLE = 4
 
 
@@ -26,19 +33,17 @@ class DaemonLock:
     Only its holder may unlink the sockets, so a second daemon can never steal the first one's clients.
     """
 
-    def __init__(self, directory: RuntimeDir) -> None:
-        """Take the lock; raise AlreadyRunning, StartFailed or RuntimeDirError."""
+    def __init__(self, directory: RuntimeDir, *, within_s: float = 0.0) -> None:
+        """Take the lock, waiting so long for its holder; raise AlreadyRunning, StartFailed or RuntimeDirError."""
         create_runtime_dir(directory)
         self._directory = directory
         try:
             self._fd = os.open(directory.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StartFailed(f"{directory.lock}: cannot be opened ({error.strerror})") from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(self._fd, within_s):
             os.close(self._fd)
-            raise AlreadyRunning("another expertd of this user is running; see `expertd status`") from None
+            raise AlreadyRunning("another expertd of this user is running; see `expertd status`")
         os.ftruncate(self._fd, 0)
         os.write(self._fd, f"{os.getpid()}\n".encode())  # for people; nothing reads it
         self._unlink_sockets()
@@ -55,6 +60,19 @@ class DaemonLock:
     def _unlink_sockets(self) -> None:
         self._directory.control_socket.unlink(missing_ok=True)
         self._directory.request_socket.unlink(missing_ok=True)
+
+
+def _lock(fd: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            Event().wait(_LOCK_POLL_S)
+        else:
+            return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +114,32 @@ class MemoryMeter:
         os.close(self._own)
         os.close(self._machine)
         self._groups.close()
+
+
+class OwnLog:
+    """The file that standard output and error of a daemon in the background go to; nothing for one in a terminal."""
+
+    def __init__(self, directory: RuntimeDir) -> None:
+        self._path = directory.log
+        self.is_ours = _is_same_file(2, self._path)
+
+    def reopen(self) -> None:
+        """Go on in a file of that name made anew: the other one was moved away. It stays if none can be made."""
+        try:
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            logger.error("the log cannot be made anew error=%s", error)  # noqa: TRY400 - the cause is said
+            return
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        os.close(fd)
+
+
+def _is_same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except OSError:
+        return False
 
 
 def available_nbytes() -> int:

@@ -161,6 +161,14 @@ class Service:
         """Return a store that is now to be loaded."""
         return self._stores.begin(digest, path, wish)
 
+    def hold(self, path: Path, loaded: LoadedStore) -> None:
+        """Make a store available that another process loaded."""
+        self._stores.finish(self._stores.begin(loaded.digest, path), loaded)
+
+    def held_stores(self) -> list[HeldStore]:
+        """Return every store, in whatever state."""
+        return self._stores.all()
+
     def store_loaded(self, store: HeldStore, loaded: LoadedStore, now: float) -> None:
         """Make a loaded store available."""
         self._busy_at = now

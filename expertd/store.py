@@ -58,7 +58,7 @@ class StoreFiles:
         fd = self._fds[record.file]
         for _ in range(2):
             _read_exactly(fd, target, record.offset)
-            if xxhash.xxh3_128_hexdigest(target) == record.xxh3_128:
+            if is_intact(record, target):
                 return True
             os.posix_fadvise(fd, record.offset, record.nbytes, os.POSIX_FADV_DONTNEED)
         return False
@@ -88,6 +88,11 @@ class StoreFiles:
                 f"{record.file}: {size} bytes, at least {record.offset + record.nbytes} are expected; "
                 "the file was cut, make the store again"
             )
+
+
+def is_intact(record: Record, data: memoryview) -> bool:
+    """Return whether those are the record's bytes."""
+    return bool(xxhash.xxh3_128_hexdigest(data) == record.xxh3_128)
 
 
 def read_manifest(path: Path) -> Manifest:
