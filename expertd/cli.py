@@ -14,7 +14,8 @@ import click
 
 from expertd.errors import ExpertdError, StoreInvalid
 from expertd.progress import conversion_progress, progress_bar
-from protocol.errors import DaemonUnavailable, ProtocolError
+from expertd.view_commands import connect, doctor, status
+from protocol.errors import ProtocolError
 from protocol.version import LIBRARY_VERSION
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def start(
 @STORE
 def load(store: Path) -> None:
     """Load STORE into the running daemon."""
-    with _connect() as client:
+    with connect() as client:
         _load(client, store)
 
 
@@ -140,7 +141,7 @@ def unload(store: str) -> None:
     from expertd.admin import resolve_store
     from protocol.messages import Unload, Unloaded
 
-    with _connect() as client:
+    with connect() as client:
         held = resolve_store(client, store)
         client.ask(Unload(held.digest), Unloaded)
         click.echo(f"expertd: unloaded {held.path}", err=True)
@@ -149,30 +150,11 @@ def unload(store: str) -> None:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def status(as_json: bool) -> None:
-    """Show what the daemon holds and for whom; exit code 1 if none runs."""
-    from expertd.show import status_json, status_text
-    from protocol.messages import GetStatus, Status
-
-    try:
-        client = _connect()
-    except DaemonUnavailable:
-        if as_json:
-            click.echo(json.dumps({"running": False}))
-            sys.exit(1)
-        raise
-    with client:
-        answer = client.ask(GetStatus(), Status)
-    click.echo(json.dumps(status_json(answer)) if as_json else status_text(answer))
-
-
-@cli.command()
 def stop() -> None:
     """Stop the daemon. Runners go on with what they map."""
     from expertd.admin import stop_daemon
 
-    with _connect() as client:
+    with connect() as client:
         pid = client.welcome.pid
         if not stop_daemon(client, within_s=15.0):
             raise ExpertdError(f"expertd (pid {pid}) does not end; `kill -9 {pid}` if it must")
@@ -226,6 +208,10 @@ def inspect(store: Path, as_json: bool) -> None:
     with _naming(store):
         manifest = read_manifest(store)
     click.echo(json.dumps(inspect_json(manifest)) if as_json else inspect_text(store, manifest))
+
+
+for command in (status, doctor):
+    cli.add_command(command)
 
 
 def main() -> None:
@@ -333,16 +319,6 @@ def _start_in_foreground(
         if problem:
             raise ExpertdError(f"{order.path}: {problem}")
     run_daemon(config, my_runtime_dir(), orders, ReadyPipe(ready_fd), manager, takes_over=takes_over)
-
-
-def _connect() -> "ControlClient":
-    from expertd.config import my_runtime_dir
-    from protocol.control_client import ControlClient
-
-    try:
-        return ControlClient(my_runtime_dir())
-    except DaemonUnavailable as error:
-        raise DaemonUnavailable(f"{error}; start it with `expertd start STORE`") from None
 
 
 def _load(client: "ControlClient", store: Path) -> None:

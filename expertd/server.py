@@ -135,6 +135,11 @@ class RequestServer(threading.Thread):
             logger.warning("reply dropped error=%s", error)
 
 
+def libzmq_version() -> tuple[int, ...]:
+    """Return the version of the ZeroMQ library in use."""
+    return zmq.zmq_version_info()
+
+
 def _credentials(frame: zmq.Frame) -> Credentials | None:
     """Return which process sent a frame; libzmq writes it as `localhost:uid:gid:pid` from the kernel's word.
 
