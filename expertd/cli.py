@@ -173,7 +173,7 @@ def restart(config: Path | None, idle_timeout: float | None) -> None:
     from protocol.messages import GetStatus, Status
 
     arguments = _daemon_arguments(config, idle_timeout)
-    with _connect() as client:
+    with connect() as client:
         old_pid = client.welcome.pid
     with restart_daemon(my_runtime_dir(), arguments, old_pid) as client:
         stores = client.ask(GetStatus(), Status).stores
