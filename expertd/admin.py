@@ -21,6 +21,7 @@ from expertd.store import path_problem, read_manifest
 from protocol import messages as m
 from protocol.control_client import ControlClient
 from protocol.errors import DaemonUnavailable, RequestRefused
+from protocol.fault_points import FaultPoint, reached
 from protocol.messages import StoreState, StoreStatus
 from protocol.runtime_dir import RuntimeDir, create_runtime_dir
 
@@ -103,6 +104,7 @@ def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, in
     if problem:
         raise LoadFailed(f"{path}: {problem}")
     status = client.ask(m.Load(str(path.absolute()), digest), StoreStatus)
+    reached(FaultPoint.CLIENT_LOAD_ASKED)
     was_held = status.state is StoreState.READY
     while status.state is StoreState.LOADING:
         on_progress(status.loaded_nbytes, nbytes)

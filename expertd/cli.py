@@ -218,6 +218,7 @@ def main() -> None:
     """Run the command. One line for every foreseen failure, and the exit code: 1, 2 for usage, 130 for Ctrl-C."""
     _fill_standard_descriptors()
     try:
+        _arm_fault_point()
         sys.exit(cli.main(standalone_mode=False))
     except click.UsageError as error:
         error.show()
@@ -234,6 +235,13 @@ def main() -> None:
     except OSError as error:
         click.echo(f"expertd: {error.filename or 'output'}: {error.strerror}", err=True)
         sys.exit(1)
+
+
+def _arm_fault_point() -> None:
+    from expertd.config import fault_point
+    from protocol.fault_points import arm
+
+    arm(fault_point())
 
 
 def _fill_standard_descriptors() -> None:

@@ -34,6 +34,11 @@ def my_runtime_dir() -> RuntimeDir:
     return runtime_dir(os.environ, os.geteuid())
 
 
+def fault_point() -> str | None:
+    """Return the fault that a test wants of this process; see protocol.fault_points."""
+    return os.environ.get("EXPERTD_FAULT_POINT")
+
+
 def config_file() -> Path:
     """Return where a user's own settings are read from."""
     base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"

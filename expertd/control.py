@@ -21,6 +21,7 @@ from expertd.stores import HeldStore
 from protocol import fdpass
 from protocol.codec import decode, encode
 from protocol.errors import MalformedMessage
+from protocol.fault_points import FaultPoint, reached
 from protocol.messages import Draining, Message, Refused
 from protocol.runtime_dir import RuntimeDir
 from protocol.schema import MESSAGE_NBYTES_MAX, SESSIONS_MAX, Channel, Sender
@@ -69,6 +70,7 @@ class ControlLoop:
         self._is_stopping = False
         self._n_dropped_replies = 0
         self._listener = fdpass.listen(directory.control_socket, backlog=SESSIONS_MAX)
+        reached(FaultPoint.DAEMON_CONTROL_BOUND)
         # With every descriptor in use a waiting client cannot even be turned away: this one is spent on that.
         self._reserve_fd: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._wake_reader, self.wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -101,6 +103,7 @@ class ControlLoop:
 
     def close(self) -> None:
         """Say goodbye to every session and close all sockets."""
+        reached(FaultPoint.DAEMON_DRAINING)
         for connection in list(self._connections.values()):
             with suppress(OSError):
                 fdpass.send_packet(connection.sock, encode(Draining()))
@@ -138,6 +141,7 @@ class ControlLoop:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._turn_away()
             return
+        reached(FaultPoint.DAEMON_ACCEPTED)
         sock.setblocking(False)  # noqa: FBT003 - the socket module's signature
         session = self._service.open_session(fdpass.peer_credentials(sock), self._clock())
         if isinstance(session, Refused):
@@ -178,6 +182,7 @@ class ControlLoop:
             message = decode(data, Channel.CONTROL, Sender.CLIENT)
         except MalformedMessage as error:
             return self._service.note_bad_message(session, str(error))
+        reached(FaultPoint.DAEMON_MESSAGE_RECEIVED)
         return self._service.handle(session, message, self._clock())
 
     def _carry_out(self, connection: Connection, outcome: Outcome) -> None:
@@ -193,6 +198,7 @@ class ControlLoop:
         """Return whether the connection is still good. A client that does not read loses its reply."""
         try:
             fdpass.send_packet(connection.sock, encode(reply), fds)
+            reached(FaultPoint.DAEMON_REPLY_SENT)
         except BlockingIOError:
             self._n_dropped_replies += 1
             logger.warning("reply dropped, the client does not read pid=%d", connection.session.peer.pid)
@@ -207,6 +213,7 @@ class ControlLoop:
             return
         self._selector.unregister(connection.sock)
         connection.sock.close()
+        reached(FaultPoint.DAEMON_SESSION_ENDING)
         self._service.close_session(connection.session, self._clock())
 
     def _drop_overdue(self) -> None:

@@ -43,6 +43,7 @@ from expertd.stores import HeldStore
 from expertd.supervision import Supervision
 from expertd.systemd import ServiceManager
 from protocol.errors import OutOfMemory, ProtocolError
+from protocol.fault_points import FaultPoint, reached
 from protocol.messages import Code
 from protocol.runtime_dir import RuntimeDir
 from protocol.segment import check_seals_hold
@@ -147,6 +148,7 @@ class Daemon:
             self._manager.tell_stopping()
             self._requests.stop()
             self._control.close()
+            reached(FaultPoint.DAEMON_SOCKETS_CLOSED)
             self._loads.shutdown(wait=True, cancel_futures=True)
             self._service.close()
             self._meter.close()
@@ -199,6 +201,7 @@ class Daemon:
         self._control.post(lambda: self._on_failed(store, code, detail))
 
     def _on_loaded(self, store: HeldStore, loaded: LoadedStore) -> None:
+        reached(FaultPoint.DAEMON_STORE_LOADED)
         rate = loaded.nbytes / max(loaded.load_s, 1e-9) / 1e9
         logger.info(
             "store loaded digest=%s nbytes=%d load_s=%.2f gb_per_s=%.2f huge_nbytes=%d corrupt=%d",
@@ -217,6 +220,7 @@ class Daemon:
     def _tell_ready(self) -> None:
         """Say READY once, when every store of the start is in memory."""
         if self._ready is not None and all(store.loaded for store in self._awaited):
+            reached(FaultPoint.DAEMON_READY)
             self._ready.tell(READY)
             self._manager.tell_ready()
             self._ready = None

@@ -16,6 +16,7 @@ import psutil
 from expertd.cgroup import GroupMeter
 from expertd.errors import AlreadyRunning, StartFailed
 from expertd.service import MemoryFigures
+from protocol.fault_points import FaultPoint, reached
 from protocol.runtime_dir import RuntimeDir, create_runtime_dir
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class DaemonLock:
             raise AlreadyRunning("another expertd of this user is running; see `expertd status`")
         os.ftruncate(self._fd, 0)
         os.write(self._fd, f"{os.getpid()}\n".encode())  # for people; nothing reads it
+        reached(FaultPoint.DAEMON_LOCKED)
         self._unlink_sockets()
 
     def __enter__(self) -> "DaemonLock":

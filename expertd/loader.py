@@ -17,6 +17,7 @@ from expertd.budget import ALL_THERE_IS, MemoryWish, check_fits
 from expertd.errors import LoadCancelled, StoreInvalid
 from expertd.store import StoreFiles
 from protocol.catalogue import Catalogue, encode_catalogue, plan_catalogue
+from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import close_all
 from protocol.handles import DenseHandle, ExpertHandle, ExpertKey
 from protocol.manifest import Record
@@ -97,6 +98,7 @@ class Loader:
                 raise StoreInvalid(f"the store has digest {files.manifest.digest[:12]}, {digest[:12]} was expected")
             catalogue = plan_catalogue(files.manifest)
             check_fits(sum(catalogue.segments_nbytes), wish, self._available_nbytes())
+            reached(FaultPoint.DAEMON_FILES_OPENED)
             fds: list[int] = []
             try:
                 collapse_until = start + self._settings.collapse_budget_s
@@ -105,6 +107,7 @@ class Loader:
                     fds.append(self._load_segment(files, pool, nbytes, items, collapse_until))
                 catalogue = self._without_corrupt(catalogue)
                 fds.insert(0, make_segment("expertd-catalogue", encode_catalogue(catalogue)))
+                reached(FaultPoint.DAEMON_SEGMENTS_SEALED)
             except BaseException:
                 close_all(fds)
                 raise
@@ -138,7 +141,9 @@ class Loader:
                 self._load_record(files, builder.view, item)
 
             self._huge_nbytes += sum(_run_all(pool, populate, range(0, nbytes, _SLICE_NBYTES)))
+            reached(FaultPoint.DAEMON_SEGMENT_POPULATED)
             _run_all(pool, read, items)
+            reached(FaultPoint.DAEMON_SEGMENT_FILLED)
             return builder.seal()
 
     def _load_record(self, files: StoreFiles, view: memoryview, item: _Item) -> None:
@@ -186,6 +191,7 @@ def _items(catalogue: Catalogue) -> Iterable[_Item]:
 
 def _is_intact(files: StoreFiles, item: _Item, target: memoryview) -> bool:
     try:
+        reached(FaultPoint.DAEMON_RECORD_READING)
         return files.read_record(item.record, target)
     except OSError as error:
         logger.error("record cannot be read name=%s error=%s", item.name, error)  # noqa: TRY400 - the cause is said

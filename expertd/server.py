@@ -17,6 +17,7 @@ from expertd.service import Service
 from expertd.sessions import Session
 from protocol.codec import decode, encode
 from protocol.errors import MalformedMessage
+from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import Credentials
 from protocol.messages import Message, Refused, RequestRefusal
 from protocol.runtime_dir import RuntimeDir
@@ -64,6 +65,7 @@ class RequestServer(threading.Thread):
         ):
             self._socket.setsockopt(option, value)
         self._socket.bind(directory.request_endpoint)
+        reached(FaultPoint.DAEMON_REQUESTS_BOUND)
 
     def run(self) -> None:
         """Answer requests until stopped, or until a fault of ours, which ends the daemon."""
@@ -126,11 +128,13 @@ class RequestServer(threading.Thread):
             if outcome.must_drop:
                 self._drop_session(session)
             return RequestRefusal(0, outcome.reply) if isinstance(outcome.reply, Refused) else None
+        reached(FaultPoint.DAEMON_REQUEST_RECEIVED)
         return self._service.handle_request(session, message, self._clock())
 
     def _send(self, routing_id: bytes, reply: Message) -> None:
         try:
             self._socket.send_multipart([routing_id, encode(reply)], zmq.NOBLOCK)
+            reached(FaultPoint.DAEMON_REQUEST_ANSWERED)
         except zmq.ZMQError as error:
             logger.warning("reply dropped error=%s", error)
 

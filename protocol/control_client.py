@@ -12,12 +12,14 @@ from typing import TypeVar
 from protocol import fdpass
 from protocol.codec import decode, encode
 from protocol.errors import DaemonUnavailable, MalformedMessage, RequestRefused, RuntimeDirError, VersionMismatch
+from protocol.fault_points import FaultPoint, reached
 from protocol.messages import Attach, Attached, Code, Draining, Hello, Message, Refused, Welcome
 from protocol.runtime_dir import RuntimeDir, check_runtime_dir
 from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
 from protocol.version import HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION, LOWEST_PROTOCOL_VERSION
 
 _Answer = TypeVar("_Answer", bound=Message)
+_GONE = "expertd closed the connection"
 
 
 class ControlClient:
@@ -30,8 +32,10 @@ class ControlClient:
         check_runtime_dir(directory)
         self._sock = fdpass.connect(directory.control_socket, timeout_s)
         try:
+            reached(FaultPoint.CLIENT_CONNECTED)
             _check_owner(self._sock)
             self.welcome = self._say_hello()
+            reached(FaultPoint.CLIENT_WELCOMED)
         except BaseException:
             self._sock.close()
             raise
@@ -51,15 +55,12 @@ class ControlClient:
     def ask(self, question: Message, answer: type[_Answer]) -> _Answer:
         """Return the daemon's answer; raise RequestRefused, DaemonUnavailable or MalformedMessage."""
         self._send(question)
-        while True:
-            reply, fds = self._receive()
-            fdpass.close_all(fds)
-            if not isinstance(reply, Draining):  # said unasked; the answer still comes
-                return _expect(reply, answer)
+        return self._answer(answer)
 
     def attach(self, digest: str) -> list[int]:
         """Return the descriptors of a loaded store, catalogue first, which the caller owns; raise as `ask` does."""
         self._send(Attach(digest))
+        reached(FaultPoint.CLIENT_ATTACH_SENT)
         reply, fds = self._receive()
         while isinstance(reply, Draining):
             reply, fds = self._receive()
@@ -68,11 +69,15 @@ class ControlClient:
         except BaseException:
             fdpass.close_all(fds)
             raise
-        return fdpass.receive_more_fds(self._sock, fds, attached.n_fds)
+        fds = fdpass.receive_more_fds(self._sock, fds, attached.n_fds)
+        reached(FaultPoint.CLIENT_FDS_RECEIVED)
+        return fds
 
     def _say_hello(self) -> Welcome:
+        self._send(Hello(LOWEST_PROTOCOL_VERSION, HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION))
+        reached(FaultPoint.CLIENT_HELLO_SENT)
         try:
-            return self.ask(Hello(LOWEST_PROTOCOL_VERSION, HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION), Welcome)
+            return self._answer(Welcome)
         except RequestRefused as refusal:
             if refusal.code == Code.DRAINING:
                 raise DaemonUnavailable(refusal.detail) from None
@@ -82,6 +87,13 @@ class ControlClient:
                 f"{refusal.detail}; this client speaks {LOWEST_PROTOCOL_VERSION} to {HIGHEST_PROTOCOL_VERSION}: "
                 f"end the other daemon with `kill {fdpass.peer_credentials(self._sock).pid}`"
             ) from None
+
+    def _answer(self, answer: type[_Answer]) -> _Answer:
+        while True:
+            reply, fds = self._receive()
+            fdpass.close_all(fds)
+            if not isinstance(reply, Draining):  # said unasked; the answer still comes
+                return _expect(reply, answer)
 
     def _send(self, message: Message) -> None:
         try:
@@ -97,7 +109,7 @@ class ControlClient:
         except OSError as error:
             raise _unavailable(error) from None
         if not data:
-            raise DaemonUnavailable("expertd closed the connection")
+            raise DaemonUnavailable(_GONE)
         try:
             return decode(data, Channel.CONTROL, Sender.DAEMON), fds
         except MalformedMessage:
@@ -132,4 +144,6 @@ def _expect(reply: Message, answer: type[_Answer]) -> _Answer:
 def _unavailable(error: OSError) -> DaemonUnavailable:
     if isinstance(error, socket.timeout):
         return DaemonUnavailable("expertd did not answer in time")
+    if isinstance(error, ConnectionResetError):  # it went with something of ours unread
+        return DaemonUnavailable(_GONE)
     return DaemonUnavailable(f"the connection to expertd broke ({error.strerror or error})")

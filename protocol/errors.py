@@ -13,6 +13,7 @@ ProtocolError
 ├── OutOfMemory         memory for a segment could not be had
 ├── RuntimeDirError     the directory of the sockets is not safely ours
 ├── DaemonUnavailable   nobody answers on the control socket
+├── FaultPointUnknown   an order for a fault point that names none
 └── RequestRefused      the daemon's answer to a request it will not carry out
 """
 
@@ -67,6 +68,10 @@ class RuntimeDirError(ProtocolError):
 
 class DaemonUnavailable(ProtocolError):
     """Nobody answers on the control socket."""
+
+
+class FaultPointUnknown(ProtocolError):
+    """An order for a fault point that names none."""
 
 
 class RequestRefused(ProtocolError):

@@ -16,6 +16,7 @@ from types import TracebackType
 from protocol.catalogue import CATALOGUE_NBYTES_MAX, Catalogue, decode_catalogue
 from protocol.control_client import ControlClient
 from protocol.errors import DaemonUnavailable, ManifestError, ProtocolError, RequestRefused
+from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import close_all
 from protocol.handles import ExpertKey
 from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, manifest_digest
@@ -52,6 +53,7 @@ class AttachedStore:
             if not fds:
                 raise StoreChanged(f"{path}: expertd sent no segments")
             self._catalogue = _map_catalogue(fds[0], digest)
+            reached(FaultPoint.RUNNER_CATALOGUE_MAPPED)
             sizes = self._catalogue.segments_nbytes
             if len(fds) != 1 + len(sizes):
                 raise StoreChanged(f"{path}: {len(sizes)} segments were promised, {len(fds) - 1} came")
@@ -61,6 +63,7 @@ class AttachedStore:
             ]
         finally:
             close_all(fds)
+        reached(FaultPoint.RUNNER_ATTACHED)
         self.shared_nbytes = sum(sizes)
         self.attach_s = time.perf_counter() - start
 

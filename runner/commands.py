@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from protocol.errors import FaultPointUnknown
+from protocol.fault_points import arm
 from protocol.version import LIBRARY_VERSION
 from quant.errors import QuantError
 from runner.bench_commands import bench
 from runner.compare_command import compare
-from runner.config import RunnerConfig
+from runner.config import RunnerConfig, fault_point
 from runner.engine_command import engine_options, opened, print_json, read_settings
 from runner.errors import PromptInvalid, RunnerError
 from runner.progress import shown_progress
@@ -33,6 +35,7 @@ EXIT_USAGE = 2
 def execute(arguments: list[str]) -> tuple[int, str | None]:
     """Run the command line; return its exit status and the line that says what went wrong, if anything did."""
     try:
+        arm(fault_point())
         # Not cli.main(): that has its own ideas of a closed pipe and of an interruption.
         with cli.make_context("runner", arguments) as context:
             cli.invoke(context)
@@ -40,7 +43,7 @@ def execute(arguments: list[str]) -> tuple[int, str | None]:
         return done.exit_code, None
     except click.UsageError as error:
         return EXIT_USAGE, error.format_message()
-    except (RunnerError, QuantError) as error:
+    except (RunnerError, QuantError, FaultPointUnknown) as error:
         return EXIT_ERROR, str(error)
     return 0, None
 

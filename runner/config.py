@@ -161,3 +161,8 @@ def _check_number(name: str, value: object, minimum: float, maximum: float) -> N
 def my_runtime_dir() -> RuntimeDir:
     """Return where this user's daemon is met."""
     return runtime_dir(os.environ, os.geteuid())
+
+
+def fault_point() -> str | None:
+    """Return the fault that a test wants of this process; see protocol.fault_points."""
+    return os.environ.get("EXPERTD_FAULT_POINT")

@@ -16,6 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from protocol.fault_points import FaultPoint, reached
 from quant.workspace import Workspace
 from runner.config import RunnerConfig
 from runner.devices import choose_device
@@ -250,6 +251,7 @@ class Engine:
         with self.awake():
             for n_tokens in range(1, max_new_tokens + 1):
                 token_id = sample(self.step([sequence])[0], sampling, generator)
+                reached(FaultPoint.RUNNER_TOKEN_CHOSEN)
                 if token_id in self.config.eos_token_ids:
                     return
                 yield token_id

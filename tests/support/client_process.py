@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from expertd.config import my_runtime_dir
+from expertd.config import fault_point, my_runtime_dir
 from protocol import fdpass
 from protocol import messages as m
 from protocol.codec import encode
 from protocol.control_client import ControlClient
+from protocol.fault_points import arm
 from runner.client import attach
 from runner.config import RunnerConfig
+from tests.support.daemon import with_fault
 from tests.support.waiting import wait_readable
 
 STEPS = ("connected", "welcomed", "attach_unread", "attached")
@@ -25,21 +27,36 @@ STEPS = ("connected", "welcomed", "attach_unread", "attached")
 @contextmanager
 def client_at(step: str, store: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a client and wait until it stands at that step; kill it at the end if it still lives."""
+    with launched_client(step, store) as process:
+        wait_for_step(process)
+        yield process
+
+
+@contextmanager
+def launched_client(step: str, store: Path, *, fault: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Launch a client on its way to that step, maybe with a fault on it; kill it at the end if it lives."""
     command = [sys.executable, "-m", "tests.support.client_process", step, str(store)]
     root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, env=with_fault(fault)
+    ) as process:
         try:
-            assert process.stdout is not None
-            wait_readable(process.stdout.fileno(), f"a client at step {step}")
-            assert process.stdout.readline() == b"here\n"
             yield process
         finally:
             if process.poll() is None:
                 process.kill()
 
 
+def wait_for_step(process: subprocess.Popen[bytes]) -> None:
+    """Return when a client stands at its step."""
+    assert process.stdout is not None
+    wait_readable(process.stdout.fileno(), "a client at its step")
+    assert process.stdout.readline() == b"here\n"
+
+
 def main(step: str, store: Path) -> None:
     """Go to that step and stay there until standard input ends."""
+    arm(fault_point())
     held = _step(step)(store)
     sys.stdout.write("here\n")
     sys.stdout.flush()

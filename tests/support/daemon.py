@@ -92,17 +92,22 @@ class DaemonProcess:
 
 
 @contextmanager
-def running_daemon(directory: RuntimeDir, *arguments: str) -> Iterator[DaemonProcess]:
+def running_daemon(directory: RuntimeDir, *arguments: str, fault: str | None = None) -> Iterator[DaemonProcess]:
     """Run a daemon in the foreground that is ready; kill it at the end if it still runs."""
-    with launched_daemon(directory, *arguments) as (daemon, reader):
+    with launched_daemon(directory, *arguments, fault=fault) as (daemon, reader):
         wait_readable(reader, "the daemon to be ready")
         assert os.read(reader, 1) == b"R", daemon.log
         yield daemon
 
 
 @contextmanager
-def launched_daemon(directory: RuntimeDir, *arguments: str) -> Iterator[tuple[DaemonProcess, int]]:
-    """Launch a daemon in the foreground, which may not be ready, and give the descriptor where it will say so."""
+def launched_daemon(
+    directory: RuntimeDir, *arguments: str, fault: str | None = None
+) -> Iterator[tuple[DaemonProcess, int]]:
+    """Launch a daemon in the foreground, which may not be ready, and give the descriptor where it will say so.
+
+    `fault` is an order for one of the product's fault points.
+    """
     directory.path.parent.mkdir(exist_ok=True)
     log_file = directory.path.parent / "daemon.log"
     reader, writer = os.pipe()
@@ -114,7 +119,7 @@ def launched_daemon(directory: RuntimeDir, *arguments: str) -> Iterator[tuple[Da
                 stdout=log,
                 stderr=log,
                 pass_fds=(writer,),
-                env=dict(os.environ) | {"EXPERTD_RUNTIME_DIR": str(directory.path)},
+                env=with_fault(fault) | {"EXPERTD_RUNTIME_DIR": str(directory.path)},
             )
         os.close(writer)
         daemon = DaemonProcess(directory, process, log_file)
@@ -125,6 +130,12 @@ def launched_daemon(directory: RuntimeDir, *arguments: str) -> Iterator[tuple[Da
                 daemon.kill()
     finally:
         os.close(reader)
+
+
+def with_fault(fault: str | None) -> dict[str, str]:
+    """Return this process's environment with that order for a fault point, with none for None."""
+    environment = {name: value for name, value in os.environ.items() if name != "EXPERTD_FAULT_POINT"}
+    return environment if fault is None else environment | {"EXPERTD_FAULT_POINT": fault}
 
 
 def run_expertd(*arguments: str | Path, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:

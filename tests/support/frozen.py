@@ -1,0 +1,47 @@
+"""Processes that stand still at a fault point, and what a process holds, to be compared with an undisturbed one."""
+
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from protocol import messages as m
+from tests.support.daemon import DaemonProcess
+from tests.support.waiting import wait_until
+
+
+def is_frozen(pid: int) -> bool:
+    """Whether a process was stopped by a signal."""
+    # The command's name stands in parentheses and may hold anything; the state is the word behind it.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def wait_until_frozen(pid: int) -> None:
+    """Return when the process stands still; raise TimeoutError."""
+    wait_until(lambda: is_frozen(pid), f"process {pid} to come to its fault point")
+
+
+def thaw(pid: int) -> None:
+    """Let a frozen process go on."""
+    os.kill(pid, signal.SIGCONT)
+
+
+def fd_names(pid: int) -> Counter[str]:
+    """Return what a process has open, by the last word of its name: any socket is like any other. Skip where hidden."""
+    names: Counter[str] = Counter()
+    try:
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            names[fd.readlink().name.split(":[")[0]] += 1
+    except PermissionError:
+        pytest.skip("only root sees the descriptors of a process that forbids inspection")
+    return names
+
+
+def settled_fds(daemon: DaemonProcess) -> Counter[str]:
+    """Return what the daemon has open, without the connection this takes."""
+    with daemon.client() as client:
+        # Its answer comes after every connection that ended before has been dropped.
+        client.ask(m.GetStatus(), m.Status)
+        return fd_names(daemon.pid) - Counter(["socket"])
