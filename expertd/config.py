@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +20,8 @@ class DaemonConfig:
     loader_threads: int = 0
     collapse_budget_s: float = 30.0
     log_level: str = "info"
+    log_format: str = "text"
+    log_nbytes_max: int = 16_000_000
 
     @property
     def n_loader_threads(self) -> int:
@@ -27,6 +30,8 @@ class DaemonConfig:
 
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")
+_LOG_FORMATS = ("text", "json")
+_LOG_NBYTES_LEAST = 100_000
 
 
 def my_runtime_dir() -> RuntimeDir:
@@ -79,7 +84,9 @@ def _checked(path: Path, values: dict[str, object]) -> DaemonConfig:
         idle_timeout_s=_seconds(path, values, "idle_timeout_s"),
         loader_threads=_count(path, values, "loader_threads"),
         collapse_budget_s=_seconds(path, values, "collapse_budget_s"),
-        log_level=_log_level(path, values),
+        log_level=_word(path, values, "log_level", _LOG_LEVELS),
+        log_format=_word(path, values, "log_format", _LOG_FORMATS),
+        log_nbytes_max=_log_nbytes_max(path, values),
     )
 
 
@@ -97,8 +104,16 @@ def _count(path: Path, values: dict[str, object], key: str) -> int:
     return value
 
 
-def _log_level(path: Path, values: dict[str, object]) -> str:
-    value = values.get("log_level", DaemonConfig().log_level)
-    if value not in _LOG_LEVELS:
-        raise ConfigError(f"{path}: log_level: one of {', '.join(_LOG_LEVELS)} was expected, {value!r} came")
+def _word(path: Path, values: dict[str, object], key: str, words: Sequence[str]) -> str:
+    value = values.get(key, getattr(DaemonConfig(), key))
+    if value not in words:
+        raise ConfigError(f"{path}: {key}: one of {', '.join(words)} was expected, {value!r} came")
     return str(value)
+
+
+def _log_nbytes_max(path: Path, values: dict[str, object]) -> int:
+    value = values.get("log_nbytes_max", DaemonConfig().log_nbytes_max)
+    if isinstance(value, bool) or not isinstance(value, int) or not (value == 0 or value >= _LOG_NBYTES_LEAST):
+        expected = f"a number of bytes, 0 or at least {_LOG_NBYTES_LEAST}, was expected"
+        raise ConfigError(f"{path}: log_nbytes_max: {expected}, {value!r} came")
+    return value

@@ -143,9 +143,10 @@ class ControlLoop:
             return
         reached(FaultPoint.DAEMON_ACCEPTED)
         sock.setblocking(False)  # noqa: FBT003 - the socket module's signature
-        session = self._service.open_session(fdpass.peer_credentials(sock), self._clock())
+        peer = fdpass.peer_credentials(sock)
+        session = self._service.open_session(peer, self._clock())
         if isinstance(session, Refused):
-            logger.warning("connection refused code=%s", session.code)
+            logger.warning("connection refused uid=%d pid=%d code=%s", peer.uid, peer.pid, session.code)
             _refuse(sock, session)
             return
         self._connections[sock.fileno()] = Connection(sock, session)
@@ -201,7 +202,11 @@ class ControlLoop:
             reached(FaultPoint.DAEMON_REPLY_SENT)
         except BlockingIOError:
             self._n_dropped_replies += 1
-            logger.warning("reply dropped, the client does not read pid=%d", connection.session.peer.pid)
+            session = connection.session
+            logger.warning(
+                "reply dropped, the client does not read session=%d uid=%d pid=%d",
+                session.session_id, session.peer.uid, session.peer.pid,
+            )  # fmt: skip
             return not fds  # a store half handed over cannot be repaired
         except OSError:
             return False
@@ -218,12 +223,14 @@ class ControlLoop:
 
     def _drop_overdue(self) -> None:
         for session in self._service.overdue_sessions(self._clock()):
-            logger.warning("no hello in time pid=%d", session.peer.pid)
+            logger.warning(
+                "no hello in time session=%d uid=%d pid=%d", session.session_id, session.peer.uid, session.peer.pid
+            )
             self.drop_session(session)
 
     def _stop_if_idle(self) -> None:
         if self._idle_timeout_s is not None and self._service.idle_s(self._clock()) >= self._idle_timeout_s:
-            logger.info("idle for %g s, ending", self._idle_timeout_s)
+            logger.info("idle, ending idle_s=%g", self._idle_timeout_s)
             self._begin_stop()
 
     def _wait_s(self) -> float | None:

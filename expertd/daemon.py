@@ -12,7 +12,6 @@ import logging
 import os
 import secrets
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -30,13 +29,13 @@ from expertd.lifecycle import (
     READY,
     DaemonLock,
     MemoryMeter,
-    OwnLog,
     ReadyPipe,
     allow_all_descriptors,
     available_nbytes,
     forbid_inspection,
 )
 from expertd.loader import LoadedStore, Loader, LoaderSettings
+from expertd.log import DaemonLog, begin_log
 from expertd.server import RequestServer
 from expertd.service import Service
 from expertd.stores import HeldStore
@@ -75,7 +74,9 @@ def run_daemon(
 
     `takes_over`: with the stores, and in the place, of the daemon that runs.
     """
-    _log_to_stderr(config.log_level)
+    log = begin_log(
+        directory, level=config.log_level, is_json=config.log_format == "json", nbytes_max=config.log_nbytes_max
+    )
     os.umask(0o077)
     forbid_inspection()
     allow_all_descriptors()
@@ -88,21 +89,23 @@ def run_daemon(
         raise
     with lock:
         taken += prove_kept(manager.take_kept(), n_threads=config.n_loader_threads)
-        daemon = Daemon(config, directory, ready, manager)
+        daemon = Daemon(config, directory, ready, manager, log)
         daemon.run(orders, taken)
 
 
 class Daemon:
     """The threads of the daemon and what passes between them."""
 
-    def __init__(self, config: DaemonConfig, directory: RuntimeDir, ready: ReadyPipe, manager: ServiceManager) -> None:
+    def __init__(
+        self, config: DaemonConfig, directory: RuntimeDir, ready: ReadyPipe, manager: ServiceManager, log: DaemonLog
+    ) -> None:
         self._config = config
         self._manager = manager
         self._ready: ReadyPipe | None = ready
         self._awaited: list[HeldStore] = []
         self._failure: ExpertdError | None = None
         self._n_signals = 0
-        self._log = OwnLog(directory)
+        self._log = log
         self._meter = MemoryMeter()
         now = time.monotonic()
         self._service = Service(
@@ -224,11 +227,3 @@ class Daemon:
             self._ready.tell(READY)
             self._manager.tell_ready()
             self._ready = None
-
-
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s",
-    )

@@ -7,7 +7,6 @@ import os
 import resource
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event
 from types import TracebackType
 
@@ -116,32 +115,6 @@ class MemoryMeter:
         os.close(self._own)
         os.close(self._machine)
         self._groups.close()
-
-
-class OwnLog:
-    """The file that standard output and error of a daemon in the background go to; nothing for one in a terminal."""
-
-    def __init__(self, directory: RuntimeDir) -> None:
-        self._path = directory.log
-        self.is_ours = _is_same_file(2, self._path)
-
-    def reopen(self) -> None:
-        """Go on in a file of that name made anew: the other one was moved away. It stays if none can be made."""
-        try:
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            logger.error("the log cannot be made anew error=%s", error)  # noqa: TRY400 - the cause is said
-            return
-        os.dup2(fd, 1)
-        os.dup2(fd, 2)
-        os.close(fd)
-
-
-def _is_same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
-    except OSError:
-        return False
 
 
 def available_nbytes() -> int:

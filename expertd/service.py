@@ -102,7 +102,10 @@ class Service:
         self._n_bad_messages += 1
         session.n_bad_messages += 1
         must_drop = session.n_bad_messages >= BAD_MESSAGES_MAX
-        logger.warning("bad message pid=%d count=%d detail=%s", session.peer.pid, session.n_bad_messages, detail)
+        logger.warning(
+            "bad message session=%d uid=%d pid=%d count=%d detail=%s",
+            session.session_id, session.peer.uid, session.peer.pid, session.n_bad_messages, detail,
+        )  # fmt: skip
         return Outcome(Refused(Code.BAD_MESSAGE, _clipped(detail, 512)), must_drop=must_drop)
 
     def note_stray_frame(self) -> None:
