@@ -32,6 +32,11 @@ class _BlankStore:
         self.manifest = manifest
         self._record = bytearray(max(record.nbytes for record in manifest.experts.values()))
 
+    @property
+    def host_slots(self) -> None:
+        """None: all is in memory."""
+        return None
+
     def expert_record(self, key: ExpertKey) -> memoryview:
         return memoryview(self._record)[: self.manifest.experts[key].nbytes]
 

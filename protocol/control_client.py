@@ -52,6 +52,23 @@ class ControlClient:
         """End the session."""
         self._sock.close()
 
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when something came unasked, or the session has ended."""
+        return self._sock.fileno()
+
+    def is_open(self) -> bool:
+        """Take what came unasked, without blocking; return whether the session goes on."""
+        while True:
+            try:
+                # Not by the socket's own method, which waits: with a time limit the descriptor does not block.
+                data = os.read(self._sock.fileno(), MESSAGE_NBYTES_MAX)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not data:
+                return False
+
     def ask(self, question: Message, answer: type[_Answer]) -> _Answer:
         """Return the daemon's answer; raise RequestRefused, DaemonUnavailable or MalformedMessage."""
         self._send(question)

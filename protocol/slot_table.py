@@ -83,6 +83,18 @@ class SlotTable:
 
     def __init__(self, view: memoryview, n_slots: int) -> None:
         self._words = view[: n_slots * SLOT_ENTRY_NBYTES].cast("Q")
+        self._keys = self._words[1::_WORDS_PER_ENTRY]
+
+    def find(self, key: ExpertKey) -> SlotEntry | None:
+        """Return which slot holds an expert just now, None if none does."""
+        keys, word = self._keys.tolist(), _word(key)
+        slot = -1
+        for _ in range(keys.count(word)):
+            slot = keys.index(word, slot + 1)
+            entry = SlotEntry(slot, self._words[slot * _WORDS_PER_ENTRY])
+            if entry.generation and not entry.generation & 1 and self.still_holds(key, entry):
+                return entry
+        return None
 
     def present(self) -> dict[ExpertKey, SlotEntry]:
         """Return what all slots hold just now."""

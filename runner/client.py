@@ -24,6 +24,7 @@ from protocol.messages import Code
 from protocol.segment import map_segment, segment_nbytes
 from runner.config import RunnerConfig, my_runtime_dir
 from runner.errors import CorruptExpert, StoreChanged, StoreInvalid, StoreUnavailable
+from runner.host_slots import AttachedSlots
 
 _ATTEMPTS_MAX = 3
 # What `expertd start STORE` mends, or says anew: what failed to load earlier may load now.
@@ -64,6 +65,7 @@ class AttachedStore:
         finally:
             close_all(fds)
         reached(FaultPoint.RUNNER_ATTACHED)
+        self._slots = self._open_slots()
         self.shared_nbytes = sum(sizes)
         self.attach_s = time.perf_counter() - start
 
@@ -80,8 +82,13 @@ class AttachedStore:
         """The content of the store."""
         return self._catalogue.manifest
 
+    @property
+    def host_slots(self) -> AttachedSlots | None:
+        """The slots of a store that is larger than its memory; None for one that is all there."""
+        return self._slots
+
     def expert_record(self, key: ExpertKey) -> memoryview:
-        """Return the bytes of one expert in the shared mapping; raise CorruptExpert."""
+        """Return the bytes of one expert that lies in the shared mapping for good; raise CorruptExpert."""
         handle = self._catalogue.experts.get(key)
         if handle is None:
             raise CorruptExpert(f"{self.path}: {key} is corrupt; see `expertd verify {self.path}`, then make it again")
@@ -106,8 +113,19 @@ class AttachedStore:
 
     def close(self) -> None:
         """End the session; calling it again does nothing."""
+        if self._slots is not None:
+            self._slots.close()
         self._client.close()
         self._views = []
+
+    def _open_slots(self) -> AttachedSlots | None:
+        area = self._catalogue.slots
+        if area is None:
+            return None
+        keys = self.manifest.experts.keys() - self._catalogue.experts.keys()
+        from runner.requests import Requests  # ZeroMQ takes a moment to import, which a resident store does not need
+
+        return AttachedSlots(area, self._views, keys, Requests(my_runtime_dir(), self._client))
 
 
 def attach(path: Path, config: RunnerConfig) -> AttachedStore:

@@ -5,7 +5,9 @@ RunnerError
 ├── StoreInvalid        a store whose files contradict each other or lack what the model needs
 ├── UnsupportedModel    a model this version does not compute
 ├── CorruptExpert       an expert whose bytes do not match their checksum
+├── ReadFailed          an expert that expertd cannot read from the disk
 ├── StoreUnavailable    no daemon serves the store, and none could be started
+│   └── SessionGone     the session with the daemon ended, and with it the slots it had
 ├── StoreChanged        the store is no longer the one that was attached
 ├── OutOfMemory         memory that cannot be had
 ├── ContextFull         the kv_cache holds no room for further tokens
@@ -39,8 +41,16 @@ class CorruptExpert(RunnerError):
     """An expert whose bytes do not match their checksum."""
 
 
+class ReadFailed(RunnerError):
+    """An expert that expertd cannot read from the disk."""
+
+
 class StoreUnavailable(RunnerError):
     """No daemon serves the store, and none could be started."""
+
+
+class SessionGone(StoreUnavailable):
+    """The session with the daemon ended; what it had mapped stays readable, but nothing new comes in."""
 
 
 class StoreChanged(RunnerError):

@@ -31,7 +31,7 @@ from runner.errors import CorruptExpert
 from runner.experts.compute import ExpertCall, ExpertCompute
 from runner.experts.counters import Counters, Tally
 from runner.experts.order import by_last_token, in_one_row
-from runner.experts.prefetch import Guard
+from runner.experts.prefetch import DECODE_TOKENS_MAX, Guard
 from runner.experts.slots import Claim, SlotTable
 from runner.experts.source import PREFILL_TOKENS_MIN, Guess
 from runner.experts.transfer import CHUNK_NBYTES, CopyEngine, new_slots
@@ -39,9 +39,6 @@ from runner.store_view import StoreView
 
 # So many slots belong to no layer.
 N_SPARES = 4
-
-# Steps of up to so many tokens are decoding, which the guard measures.
-_DECODE_TOKENS_MAX = 8
 
 
 class CacheMode(Enum):
@@ -178,7 +175,7 @@ class CachedExperts:
             self._copy_ahead([(ahead, in_one_row(guess())) for ahead, guess in guesses])
         self._is_in_call = False
         result = self._finished(call.out, wanted) if self._settings.waits else call.out
-        if layer == self._n_layers - 1 and self._guard is not None and n_tokens <= _DECODE_TOKENS_MAX:
+        if layer == self._n_layers - 1 and self._guard is not None and n_tokens <= DECODE_TOKENS_MAX:
             self._guard.observe(self._clock() - self._step_began_s, n_tokens)
         return result
 

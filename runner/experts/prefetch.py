@@ -10,6 +10,9 @@ To be switched on, prefetching has to win more than it is enough to win to stay 
 
 from statistics import median
 
+# Steps of up to so many tokens are decoding, which the guard measures.
+DECODE_TOKENS_MAX = 8
+
 _WIN_TO_START = 0.03
 _WIN_TO_STAY = 0.005
 

@@ -1,6 +1,6 @@
 """A model over an attached store, on the device that was chosen. Owns what each device needs beside the model.
 
-cpu     all in place, in the shared mapping
+cpu     all in place, in the shared mapping; of a store larger than memory the experts in the slots they are read into
 link    the stand-in accelerator: experts in its slots, all else on the host as on the cpu
 cuda    a GPU: everything in its memory (opening_cuda, opening_device)
 """
@@ -19,6 +19,7 @@ from runner.experts.cache import N_SPARES, CachedExperts, CacheMode, CacheSettin
 from runner.experts.compute import CExperts
 from runner.experts.in_place import InPlaceExperts
 from runner.experts.prefetch import Guard
+from runner.experts.tiered import TieredExperts
 from runner.experts.transfer import CHUNK_NBYTES, CopyEngine
 from runner.kv_cache import KVCache, kv_cache_nbytes, reserve_kv_cache
 from runner.models.computation import Computation, kv_shape
@@ -28,7 +29,7 @@ from runner.models.mixtral_config import MixtralConfig
 from runner.models.model import Model
 from runner.models.opening_cuda import open_cuda
 from runner.models.opening_device import HowCached, OnDevice, open_on_device
-from runner.store_view import StoreView
+from runner.store_view import HostSlots, StoreView
 from runner.weights import DenseWeights, load_dense_weights
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class OpenedModel:
 
     model: Model
     new_kv_cache: Callable[[int], KVCache]
-    cache: CachedExperts | None = None
+    cache: CachedExperts | TieredExperts | None = None
     planned_nbytes: int | None = None
 
 
@@ -75,6 +76,8 @@ def open_model(computation: Computation, owned: ExitStack, plan: CachePlan | Non
     store, settings, workspace = computation.store, computation.settings, computation.workspace
     weights = load_dense_weights(store, workspace, computation.config, exact=settings.exact)
     plan = plan or CachePlan()
+    if store.host_slots is not None:
+        return _in_slots(computation, weights, store.host_slots, plan)
     if plan.on_device is not None:
         return _on_device(computation, weights, plan.on_device, plan, owned)
     if is_gpu(computation.device):
@@ -111,6 +114,39 @@ def _on_device(
     return OpenedModel(opened.model, opened.new_kv_cache, opened.cache, opened.planned_nbytes)
 
 
+def _in_slots(computation: Computation, weights: DenseWeights, slots: HostSlots, plan: CachePlan) -> OpenedModel:
+    """Return the model on the CPU over a store larger than memory; raise ConfigInvalid for another device."""
+    store, settings, workspace = computation.store, computation.settings, computation.workspace
+    if computation.device != CPU:
+        if settings.device != AUTO:
+            raise ConfigInvalid(
+                f"--device: {settings.device} takes experts from memory, which does not hold all of this store's; "
+                "give expertd more --memory, or compute with --device cpu"
+            )
+        _log.warning("computing on the CPU: %s takes experts from memory, which does not hold all", computation.device)
+    experts = TieredExperts(
+        store,
+        slots,
+        CExperts(store.manifest, workspace, exact=settings.exact),
+        guard=Guard() if plan.is_guarded else None,
+    )
+    model = Mixtral(computation.config, weights, experts, workspace, _lookahead(computation, weights))
+    return OpenedModel(model, _on_host(computation), experts)
+
+
+def _lookahead(computation: Computation, weights: DenseWeights) -> Lookahead | None:
+    """Return what foresees experts on the host, unless nobody wants that."""
+    config, settings = computation.config, computation.settings
+    if not settings.prefetch_depth:
+        return None
+    return Lookahead(
+        [segment.weights for segment in weights.attention_segments],
+        config.rms_norm_eps,
+        n_guessed=min(settings.prefetch_experts, config.n_experts),
+        depth=settings.prefetch_depth,
+    )
+
+
 def _on_link(computation: Computation, weights: DenseWeights, owned: ExitStack, plan: CachePlan) -> OpenedModel:
     store, config, settings = computation.store, computation.config, computation.settings
     slots = plan_slots(
@@ -137,14 +173,7 @@ def _on_link(computation: Computation, weights: DenseWeights, owned: ExitStack, 
         stepped_by=plan.stepped_by,
     )
     owned.enter_context(cache)
-    ahead = None
-    if settings.prefetch_depth and plan.mode is not CacheMode.NAIVE:
-        ahead = Lookahead(
-            [segment.weights for segment in weights.attention_segments],
-            config.rms_norm_eps,
-            n_guessed=min(settings.prefetch_experts, config.n_experts),
-            depth=settings.prefetch_depth,
-        )
+    ahead = None if plan.mode is CacheMode.NAIVE else _lookahead(computation, weights)
     model = Mixtral(config, weights, cache, computation.workspace, ahead)
     return OpenedModel(model, _on_host(computation), cache, slots.nbytes)
 

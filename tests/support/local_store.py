@@ -23,6 +23,10 @@ class LocalStore:
     def manifest(self) -> Manifest:
         return self._manifest
 
+    @property
+    def host_slots(self) -> None:
+        return None
+
     def expert_record(self, key: ExpertKey) -> memoryview:
         if key in self._corrupt:
             raise CorruptExpert(f"{key}: its bytes do not match their checksum")

@@ -82,6 +82,18 @@ def test_a_published_slot_holds_its_expert() -> None:
     assert reader.still_holds(KEY, present[KEY])
 
 
+def test_an_expert_is_found_where_it_is_now() -> None:
+    writer, reader = table()
+    for slot, key in ((0, OTHER), (2, ExpertKey(0, 0)), (0, KEY), (3, OTHER)):
+        writer.begin(slot)
+        writer.publish(slot, key)
+    writer.begin(3)
+
+    found = [reader.find(key) for key in (KEY, ExpertKey(0, 0), OTHER, ExpertKey(7, 31))]
+
+    assert found == [SlotEntry(0, 4), SlotEntry(2, 2), None, None]
+
+
 def test_a_reader_sees_that_its_slot_is_being_written() -> None:
     writer, reader = table()
     writer.begin(1)

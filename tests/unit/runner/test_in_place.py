@@ -43,6 +43,10 @@ class ExpertStore:
             files=(),
         )
 
+    @property
+    def host_slots(self) -> None:
+        return None
+
     def expert_record(self, key: ExpertKey) -> memoryview:
         self.asked.append(key)
         if key == self.corrupt:

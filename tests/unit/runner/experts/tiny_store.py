@@ -26,6 +26,10 @@ class TinyStore:
     def manifest(self) -> Manifest:
         return _manifest()
 
+    @property
+    def host_slots(self) -> None:
+        return None
+
     def expert_record(self, key: ExpertKey) -> memoryview:
         if key == self.corrupt:
             raise CorruptExpert(f"{key}: its bytes are not those that were stored")

@@ -1,0 +1,195 @@
+"""Experts of a store larger than memory, computed from the slots that expertd reads them into.
+
+One call, in this order: what is there is found by a look at the slots, without a message; the rest is demanded at once;
+then later layers' experts are hinted at; then what is there is computed, and the rest as it comes in. Contributions are
+kept apart and summed in the gate's order: where and when an expert was computed changes no bit. Behind each
+computation a slot is looked at again: if the daemon has given it to another expert meanwhile, the contribution is
+forgotten and the expert demanded.
+
+Who may block whom: the model's thread waits for the daemon where an expert is demanded; nobody waits for the runner.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from protocol.handles import ExpertKey
+from protocol.slot_table import SlotEntry
+from runner.errors import SessionGone, StoreUnavailable
+from runner.experts.compute import ExpertCall, ExpertCompute
+from runner.experts.counters import Counters, Tally
+from runner.experts.foreseen import Foreseen
+from runner.experts.leases import Leases
+from runner.experts.order import by_last_token
+from runner.experts.prefetch import DECODE_TOKENS_MAX, Guard
+from runner.experts.presence import Presence
+from runner.experts.source import PREFILL_TOKENS_MIN, Guess
+from runner.store_view import HostSlots, StoreView
+
+# A hint that is older than this is of a runner that has stopped.
+_DEADLINE_MS = 2000
+# An expert that the daemon took back so often while it was computed: something is wrong with one of us.
+_LOSSES_MAX = 16
+_SESSIONS_MAX = 10
+
+
+class TieredExperts:
+    """An ExpertSource over a store with slots; used from the model's one thread. `clock` gives monotonic seconds.
+
+    `guard` decides whether prefetches are sent; without one all are.
+    """
+
+    def __init__(
+        self,
+        store: StoreView,
+        slots: HostSlots,
+        compute: ExpertCompute,
+        *,
+        guard: Guard | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._compute = compute
+        self._guard = guard
+        self._clock = clock
+        self._n_layers = store.manifest.model.n_layers
+        self._tally = Tally()
+        self._step_began_s = 0.0
+        self._use(slots)
+
+    @property
+    def counters(self) -> Counters:
+        """What happened until now."""
+        return self._tally.snapshot()
+
+    @property
+    def n_messages(self) -> int:
+        """How many messages this session has sent until now."""
+        return self._leases.n_messages
+
+    def forward(self, layer: int, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of the chosen experts' outputs, fp32 [T, hidden].
+
+        Raise CorruptExpert, ReadFailed or StoreUnavailable; the next call begins afresh.
+        """
+        n_tokens = expert_ids.shape[0]
+        if layer == 0:
+            self._step_began_s = self._clock()
+        out = torch.empty(n_tokens, hidden_states.shape[1])
+        call = ExpertCall(layer, hidden_states, expert_ids, weights, out)
+        groups = by_last_token(expert_ids)
+        self._in_some_session(partial(self._compute_call, call, [expert for group in groups for expert in group]))
+        if layer == self._n_layers - 1:
+            self._in_some_session(self._end_step)
+            if self._guard is not None and n_tokens <= DECODE_TOKENS_MAX:
+                self._guard.observe(self._clock() - self._step_began_s, n_tokens)
+        return out
+
+    def prefetch(self, layer: int, guess: Guess) -> None:
+        """Note a guess; the next `forward` hints at what it names, behind what it demands itself."""
+        self._foreseen.note(layer, guess)
+
+    def _in_some_session(self, action: Callable[[], None]) -> None:
+        """Do it, anew with the slots of another session as often as the one before is gone."""
+        for _ in range(_SESSIONS_MAX):
+            try:
+                action()
+            except SessionGone:
+                self._use(self._slots.renewed())
+            else:
+                return
+        raise StoreUnavailable(f"{_SESSIONS_MAX} sessions with expertd ended while one layer was computed")
+
+    def _end_step(self) -> None:
+        self._leases.release()
+
+    def _use(self, slots: HostSlots) -> None:
+        """Compute from these slots from now on; what was asked for and hinted at is forgotten."""
+        self._slots = slots
+        self._presence = Presence(self._store, slots, self._tally)
+        self._leases = Leases(slots.requests, slots.n_slots)
+        self._foreseen = Foreseen(self._presence, self._tally, self._guard)
+        self._compute.use_slots(self._presence.records)
+        self._is_in_call = False
+
+    def _compute_call(self, call: ExpertCall, chosen: Sequence[int]) -> None:
+        if self._is_in_call:
+            self._leases.give_up()  # of a call that was left by an exception
+        self._is_in_call = True
+        places, absent = self._look_for(call.layer, chosen)
+        self._foreseen.judge(call.layer, chosen, absent)
+        if absent or not self._compute_at_once(call, places):
+            self._compute_as_they_come(call, chosen)
+        self._is_in_call = False
+
+    def _look_for(self, layer: int, experts: Iterable[int]) -> tuple[dict[int, SlotEntry], list[int]]:
+        """Return where those are that are there, and the others."""
+        places, absent = {}, []
+        for expert in experts:
+            place = self._presence.find(ExpertKey(layer, expert))
+            if place is None:
+                absent.append(expert)
+            else:
+                places[expert] = place
+        return places, absent
+
+    def _compute_at_once(self, call: ExpertCall, places: dict[int, SlotEntry]) -> bool:
+        """Compute the whole call from what is there; return whether that stayed there."""
+        self._hint(len(places))
+        self._compute.forward(call, {expert: place.slot for expert, place in places.items()})
+        keys = [ExpertKey(call.layer, expert) for expert in places]
+        self._leases.use(keys)
+        return all(map(self._presence.is_still_there, keys, places.values()))
+
+    def _compute_as_they_come(self, call: ExpertCall, chosen: Sequence[int]) -> None:
+        """Demand what is not there; compute what is, and the others as they come in; sum behind the last one."""
+        layer, leases = call.layer, self._leases
+        places, absent = self._look_for(layer, chosen)
+        # Said before anything is demanded: so they are not what makes room for it.
+        leases.use(ExpertKey(layer, expert) for expert in places)
+        leases.demand([ExpertKey(layer, expert) for expert in absent])
+        self._hint(len(chosen))
+        contributions = call.hidden_states.new_empty(*call.expert_ids.shape, call.hidden_states.shape[1])
+        # Few tokens: as many experts at once as there are. Many: one by one, as others wait for its slot.
+        n_at_once = len(chosen) if call.expert_ids.shape[0] < PREFILL_TOKENS_MIN else 1
+        ready = deque(places.items())
+        n_losses = 0
+        while ready or not leases.are_all_there:
+            if not leases.are_all_there:
+                ready += self._collect(waits=not ready)
+            batch = dict(ready.popleft() for _ in range(min(n_at_once, len(ready))))
+            lost = self._contribute(call, batch, contributions)
+            n_losses += len(lost)
+            if n_losses > _LOSSES_MAX:
+                raise StoreUnavailable(f"expertd took {lost[0]} back again and again while it was computed")
+            leases.demand(lost)
+        self._compute.finish(call, {}, contributions)
+
+    def _contribute(self, call: ExpertCall, batch: dict[int, SlotEntry], contributions: Tensor) -> list[ExpertKey]:
+        """Compute these experts and give them back; return those that did not stay while they were computed."""
+        self._compute.contribute(call, {expert: place.slot for expert, place in batch.items()}, contributions)
+        found = {ExpertKey(call.layer, expert): place for expert, place in batch.items()}
+        lost = [key for key, place in found.items() if not self._presence.is_still_there(key, place)]
+        self._leases.use(key for key in found if key not in lost)
+        if not self._leases.are_all_there:
+            self._leases.release()
+        return lost
+
+    def _collect(self, *, waits: bool) -> list[tuple[int, SlotEntry]]:
+        """Return what has come in of what was demanded."""
+        began_s = self._clock()
+        handles = self._leases.collect(waits=waits)
+        if waits:
+            self._tally.waited_s += self._clock() - began_s
+        self._tally.copied_nbytes += sum(handle.nbytes for handle in handles)
+        return [(handle.key.expert, self._presence.granted(handle)) for handle in handles]
+
+    def _hint(self, n_chosen: int) -> None:
+        """Tell the daemon what later layers are likely to choose, as far as slots go beside the present layer's."""
+        hints = self._foreseen.hints(self._presence.n_slots - n_chosen)
+        if hints is not None:
+            self._leases.prefetch(hints, _DEADLINE_MS)

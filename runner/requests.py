@@ -1,0 +1,85 @@
+"""The request channel as a runner has it: a ZeroMQ DEALER, and the runner's one door to ZeroMQ.
+
+Messages may be lost, in either direction: whoever asks asks again. That the session is gone is seen on its control
+connection, which is watched while an answer is waited for. Who blocks whom: `receive` blocks its caller, `send` nobody;
+what does not fit into the queue is lost.
+"""
+
+import math
+import time
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+from protocol.codec import decode, encode
+from protocol.control_client import ControlClient
+from protocol.errors import MalformedMessage
+from protocol.messages import Message
+from protocol.runtime_dir import RuntimeDir
+from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
+from runner.errors import SessionGone, StoreUnavailable
+
+_QUEUE_LENGTH = 256
+
+
+class Requests:
+    """One session's requests; of one thread. Close it, or use it in a `with`; the control connection outlives it."""
+
+    def __init__(self, directory: RuntimeDir, control: ControlClient) -> None:
+        self._control = control
+        self._token = control.welcome.token
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, _QUEUE_LENGTH),
+            (zmq.RCVHWM, _QUEUE_LENGTH),
+            (zmq.MAXMSGSIZE, MESSAGE_NBYTES_MAX),
+        ):
+            self._socket.setsockopt(option, value)
+        self._socket.connect(directory.request_endpoint)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(control.fileno(), zmq.POLLIN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket; calling it again does nothing."""
+        self._socket.close()
+        self._context.term()
+
+    def send(self, message: Message) -> None:
+        """Send a message, or lose it if the daemon does not read."""
+        try:
+            self._socket.send_multipart([self._token, encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            return
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """Return the next message, None if none comes in time; raise SessionGone or StoreUnavailable."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return _decoded(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                left_s = end_s - time.monotonic()
+            if left_s <= 0.0:
+                return None
+            ready = dict(self._poller.poll(math.ceil(left_s * 1e3)))
+            if self._socket not in ready and self._control.fileno() in ready and not self._control.is_open():
+                raise SessionGone("the session with expertd has ended")
+
+
+def _decoded(data: bytes) -> Message:
+    try:
+        return decode(data, Channel.REQUEST, Sender.DAEMON)
+    except MalformedMessage as error:
+        raise StoreUnavailable(f"expertd sent what is no message: {error}") from None
