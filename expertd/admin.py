@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 from threading import Event
 
+from expertd.budget import MemoryWish
 from expertd.errors import ExpertdError, LoadFailed, StartFailed
 from expertd.store import path_problem, read_manifest
 from protocol import messages as m
@@ -92,7 +93,9 @@ def service_unit(pid: int) -> str | None:
     return next((name for name in sorted(names) if name.startswith("expertd") and name.endswith(".service")), None)
 
 
-def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, int], None]) -> LoadOutcome:
+def load_store(
+    client: ControlClient, path: Path, wish: MemoryWish, on_progress: Callable[[int, int], None]
+) -> LoadOutcome:
     """Have the daemon load the store in that directory and wait; raise StoreInvalid, LoadFailed or RequestRefused.
 
     `on_progress` is called with the bytes loaded and the bytes there are.
@@ -103,7 +106,7 @@ def load_store(client: ControlClient, path: Path, on_progress: Callable[[int, in
     problem = path_problem(str(path.absolute()))
     if problem:
         raise LoadFailed(f"{path}: {problem}")
-    status = client.ask(m.Load(str(path.absolute()), digest), StoreStatus)
+    status = client.ask(m.Load(str(path.absolute()), digest, wish.memory_nbytes, wish.pinned), StoreStatus)
     reached(FaultPoint.CLIENT_LOAD_ASKED)
     was_held = status.state is StoreState.READY
     while status.state is StoreState.LOADING:

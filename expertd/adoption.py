@@ -72,6 +72,8 @@ def _read_catalogue(fds: list[int], digest: str) -> Catalogue:
     catalogue = decode_catalogue(bytes(_mapped(fds[0], nbytes)))
     if catalogue.manifest.digest != digest:
         raise StoreInvalid(f"the catalogue is of store {catalogue.manifest.digest[:12]}, not {digest[:12]}")
+    if catalogue.slots is not None:
+        raise StoreInvalid("slots are not adopted: nobody but who made them can fill them")
     if len(fds) != 1 + len(catalogue.segments_nbytes):
         raise StoreInvalid(f"{len(catalogue.segments_nbytes)} segments were promised, {len(fds) - 1} came")
     manifest = catalogue.manifest

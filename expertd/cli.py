@@ -20,11 +20,22 @@ from protocol.version import LIBRARY_VERSION
 
 if TYPE_CHECKING:
     from expertd.admin import LoadOutcome
+    from expertd.budget import MemoryWish
+    from expertd.config import DaemonConfig, StoreConfig
     from expertd.convert.checkpoint import CheckpointFiles
     from expertd.convert.config import QuantizeConfig
     from protocol.control_client import ControlClient
+    from protocol.messages import StoreStatus
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
+MEMORY = click.option(
+    "--memory", help="What a store may take of this machine's memory, as 8GiB [default: what there is]."
+)
+PIN = click.option(
+    "--pin",
+    type=click.Path(path_type=Path),
+    help="A trace of `runner trace`: what it chose most stays in memory where not all experts can.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,6 +103,8 @@ def quantize(
 @click.option(
     "--idle-timeout", type=click.FloatRange(0, 1e9), default=None, help="End after so many seconds unused; 0: never."
 )
+@MEMORY
+@PIN
 @click.option("--ready-fd", type=int, default=None, hidden=True)
 @click.option("--take-over", is_flag=True, hidden=True)
 def start(
@@ -100,17 +113,22 @@ def start(
     foreground: bool,
     config: Path | None,
     idle_timeout: float | None,
+    memory: str | None,
+    pin: Path | None,
     ready_fd: int | None,
     take_over: bool,
 ) -> None:
     """Start the daemon if none runs, and load STORES into it."""
+    from expertd.config import load_config, my_runtime_dir
+    from expertd.store import read_manifest
+
     _check_idle_timeout(idle_timeout)
+    settings = load_config(config)  # a mistake in it is said here, not in a log
+    wishes = {store: _memory_wish(settings.of_store(store), memory, pin) for store in stores}
     if foreground:
-        _start_in_foreground(stores, config, idle_timeout, ready_fd, takes_over=take_over)
+        _start_in_foreground(wishes, settings, idle_timeout, ready_fd, takes_over=take_over)
         return
     from expertd.admin import start_in_background
-    from expertd.config import my_runtime_dir
-    from expertd.store import read_manifest
 
     arguments = _daemon_arguments(config, idle_timeout)
     for store in stores:
@@ -123,15 +141,20 @@ def start(
         if not started.was_started and arguments:
             click.echo("expertd: its settings stay as they are; stop it first to change them", err=True)
         for store in stores:
-            _load(client, store)
+            _load(client, store, wishes[store])
 
 
 @cli.command()
 @STORE
-def load(store: Path) -> None:
+@MEMORY
+@PIN
+def load(store: Path, *, memory: str | None, pin: Path | None) -> None:
     """Load STORE into the running daemon."""
+    from expertd.config import load_config
+
+    wish = _memory_wish(load_config(None).of_store(store), memory, pin)
     with connect() as client:
-        _load(client, store)
+        _load(client, store, wish)
 
 
 @cli.command()
@@ -298,15 +321,29 @@ def _daemon_arguments(config: Path | None, idle_timeout_s: float | None) -> list
     return arguments + (["--idle-timeout", str(idle_timeout_s)] if idle_timeout_s is not None else [])
 
 
+def _memory_wish(settings: "StoreConfig", memory: str | None, pin: Path | None) -> "MemoryWish":
+    """Return how much of a store is to be in memory: as the flags say, else as its settings do."""
+    from expertd.budget import MemoryWish
+    from expertd.profile import most_chosen
+    from protocol.quantities import nbytes_of, what_a_size_is
+    from protocol.schema import PINNED_KEYS_MAX
+
+    nbytes = settings.memory_nbytes if memory is None else nbytes_of(memory)
+    if memory is not None and not nbytes:
+        raise click.UsageError(f"--memory: {what_a_size_is()}, {memory!r:.40} came")
+    profile = pin or settings.pin
+    return MemoryWish(nbytes, most_chosen(profile, PINNED_KEYS_MAX) if profile else ())
+
+
 def _start_in_foreground(
-    stores: tuple[Path, ...],
-    config_path: Path | None,
+    wishes: "dict[Path, MemoryWish]",
+    config: "DaemonConfig",
     idle_timeout_s: float | None,
     ready_fd: int | None,
     *,
     takes_over: bool,
 ) -> None:
-    from expertd.config import load_config, my_runtime_dir, take_manager_environment
+    from expertd.config import my_runtime_dir, take_manager_environment
     from expertd.daemon import StoreOrder, run_daemon
     from expertd.lifecycle import ReadyPipe
     from expertd.store import path_problem, read_manifest
@@ -315,13 +352,12 @@ def _start_in_foreground(
     said = take_manager_environment()
     # With somebody else waiting for its word, it is no service: what stands there is meant for a parent.
     manager = ServiceManager(said if ready_fd is None else ManagerEnvironment())
-    config = load_config(config_path)
     if idle_timeout_s is not None:
         config = replace(config, idle_timeout_s=idle_timeout_s)
     orders = []
-    for store in stores:
+    for store, wish in wishes.items():
         with _naming(store):
-            orders.append(StoreOrder(store.absolute(), read_manifest(store).digest))
+            orders.append(StoreOrder(store.absolute(), read_manifest(store).digest, wish))
     for order in orders:
         problem = path_problem(str(order.path))
         if problem:
@@ -329,11 +365,11 @@ def _start_in_foreground(
     run_daemon(config, my_runtime_dir(), orders, ReadyPipe(ready_fd), manager, takes_over=takes_over)
 
 
-def _load(client: "ControlClient", store: Path) -> None:
+def _load(client: "ControlClient", store: Path, wish: "MemoryWish") -> None:
     from expertd.admin import load_store
 
     with _naming(store), progress_bar("loading") as on_progress:
-        outcome = load_store(client, store, on_progress)
+        outcome = load_store(client, store, wish, on_progress)
     click.echo(f"expertd: {_loaded_line(store, outcome)}", err=True)
     for key in outcome.status.corrupt:
         click.echo(f"expertd: {key} is corrupt and is not served; see `expertd verify {store}`", err=True)
@@ -341,10 +377,23 @@ def _load(client: "ControlClient", store: Path) -> None:
 
 def _loaded_line(store: Path, outcome: "LoadOutcome") -> str:
     held = outcome.status
+    if held.n_slots:
+        return _tiered_line(store, held)
     if outcome.was_held:
         return f"{store} is in memory already: {held.nbytes / 1e9:.2f} GB; it stays until `expertd stop`"
     rate = held.nbytes / max(held.load_s, 1e-9) / 1e9
     return (
         f"{store} is in memory: {held.nbytes / 1e9:.2f} GB, loaded in {held.load_s:.2f} s ({rate:.2f} GB/s); "
         "it stays until `expertd stop`"
+    )
+
+
+def _tiered_line(store: Path, held: "StoreStatus") -> str:
+    """Say what of a store is in memory, and what that means."""
+    n_others = held.n_experts - held.n_pinned
+    pinned = f" and {held.n_pinned} pinned experts" if held.n_pinned else ""
+    return (
+        f"{store} takes {held.nbytes / 1e9:.2f} GB of memory, less than it has: dense weights{pinned} stay there, "
+        f"{held.n_slots} slots of {held.slot_nbytes / 1e6:.1f} MB are for the other {n_others} experts, which are read "
+        "from disk when they are needed; more --memory makes it faster"
     )

@@ -3,13 +3,22 @@
 import os
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 
 from expertd.errors import ConfigError
 from expertd.systemd import MANAGER_VARIABLES, ManagerEnvironment, manager_environment
+from protocol.quantities import nbytes_of, what_a_size_is
 from protocol.runtime_dir import RuntimeDir, runtime_dir
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """What is set for one store: the bytes it may take, None: what there is; and a profile of what stays in memory."""
+
+    memory_nbytes: int | None = None
+    pin: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +28,9 @@ class DaemonConfig:
     idle_timeout_s: float = 0.0
     loader_threads: int = 0
     collapse_budget_s: float = 30.0
+    reader_threads: int = 8
+    read_limit: str = ""
+    stores: dict[Path, StoreConfig] = field(default_factory=dict)
     log_level: str = "info"
     log_format: str = "text"
     log_nbytes_max: int = 16_000_000
@@ -27,6 +39,15 @@ class DaemonConfig:
     def n_loader_threads(self) -> int:
         """The threads that read a store: as configured, else what the processors allow."""
         return self.loader_threads or min(8, 2 * len(os.sched_getaffinity(0)))
+
+    @property
+    def read_limit_nbytes_per_s(self) -> int | None:
+        """How fast experts are read at most; None: as fast as the disk can."""
+        return nbytes_of(self.read_limit.removesuffix("/s"))
+
+    def of_store(self, path: Path) -> StoreConfig:
+        """Return what is set for the store in that directory."""
+        return self.stores.get(Path(os.path.realpath(path)), StoreConfig())
 
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -75,19 +96,25 @@ def load_config(path: Path | None) -> DaemonConfig:
 
 
 def _checked(path: Path, values: dict[str, object]) -> DaemonConfig:
-    known = [field.name for field in fields(DaemonConfig)]
-    for key in values:
-        if key not in known:
-            nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{path}: unknown key {key!r}; did you mean {nearest!r}?")
+    _check_keys(path, values, [item.name for item in fields(DaemonConfig)])
     return DaemonConfig(
         idle_timeout_s=_seconds(path, values, "idle_timeout_s"),
         loader_threads=_count(path, values, "loader_threads"),
         collapse_budget_s=_seconds(path, values, "collapse_budget_s"),
+        reader_threads=_count(path, values, "reader_threads", least=1),
+        read_limit=_read_limit(path, values),
+        stores=_stores(path, values),
         log_level=_word(path, values, "log_level", _LOG_LEVELS),
         log_format=_word(path, values, "log_format", _LOG_FORMATS),
         log_nbytes_max=_log_nbytes_max(path, values),
     )
+
+
+def _check_keys(path: Path, values: dict[str, object], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{path}: unknown key {key!r}; did you mean {nearest!r}?")
 
 
 def _seconds(path: Path, values: dict[str, object], key: str) -> float:
@@ -97,11 +124,39 @@ def _seconds(path: Path, values: dict[str, object], key: str) -> float:
     return float(value)
 
 
-def _count(path: Path, values: dict[str, object], key: str) -> int:
+def _count(path: Path, values: dict[str, object], key: str, least: int = 0) -> int:
     value = values.get(key, getattr(DaemonConfig(), key))
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 256:
-        raise ConfigError(f"{path}: {key}: a whole number from 0 to 256 was expected, {value!r} came")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 256:
+        raise ConfigError(f"{path}: {key}: a whole number from {least} to 256 was expected, {value!r} came")
     return value
+
+
+def _read_limit(path: Path, values: dict[str, object]) -> str:
+    text = values.get("read_limit", "")
+    is_speed = isinstance(text, str) and text.endswith("/s") and bool(nbytes_of(text.removesuffix("/s")))
+    if text != "" and not is_speed:
+        raise ConfigError(f"{path}: read_limit: a speed like '1.5GB/s' or '' was expected, {text!r:.40} came")
+    return str(text)
+
+
+def _stores(path: Path, values: dict[str, object]) -> dict[Path, StoreConfig]:
+    tables = values.get("stores", {})
+    if not isinstance(tables, dict):
+        raise ConfigError(f'{path}: stores: a table for each store was expected, as in [stores."/path/to/store"]')
+    return {Path(os.path.realpath(name)): _store(path, f'stores."{name}"', table) for name, table in tables.items()}
+
+
+def _store(path: Path, name: str, values: object) -> StoreConfig:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: {name}: a table was expected, {values!r:.40} came")
+    _check_keys(path, values, ["memory", "pin"])
+    memory, pin = values.get("memory"), values.get("pin")
+    nbytes = nbytes_of(memory) if isinstance(memory, str) else None
+    if memory is not None and not nbytes:
+        raise ConfigError(f"{path}: {name}: memory: {what_a_size_is()}, {memory!r:.40} came")
+    if pin is not None and not isinstance(pin, str):
+        raise ConfigError(f"{path}: {name}: pin: the path of a profile was expected, {pin!r:.40} came")
+    return StoreConfig(nbytes, path.parent / pin if pin else None)
 
 
 def _word(path: Path, values: dict[str, object], key: str, words: Sequence[str]) -> str:

@@ -17,9 +17,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.config import DaemonConfig
 from expertd.control import ControlLoop
 from expertd.errors import AlreadyRunning, ExpertdError, LoadCancelled, LoadFailed
@@ -41,6 +43,7 @@ from expertd.service import Service
 from expertd.stores import HeldStore
 from expertd.supervision import Supervision
 from expertd.systemd import ServiceManager
+from expertd.tiered import TieredStore, TierSettings
 from protocol.errors import OutOfMemory, ProtocolError
 from protocol.fault_points import FaultPoint, reached
 from protocol.messages import Code
@@ -59,6 +62,7 @@ class StoreOrder:
 
     path: Path
     digest: str
+    wish: MemoryWish = ALL_THERE_IS
 
 
 def run_daemon(
@@ -109,7 +113,12 @@ class Daemon:
         self._meter = MemoryMeter()
         now = time.monotonic()
         self._service = Service(
-            uid=os.geteuid(), pid=os.getpid(), new_token=secrets.token_bytes, memory=self._meter.figures, now=now
+            uid=os.geteuid(),
+            pid=os.getpid(),
+            new_token=secrets.token_bytes,
+            memory=self._meter.figures,
+            now=now,
+            wake_requests=self._wake_requests,
         )
         lock = threading.Lock()
         supervision = Supervision(manager, self._service, lock, clock=time.monotonic)
@@ -132,14 +141,20 @@ class Daemon:
             drop_session=lambda session: self._control.post(lambda: self._control.drop_session(session)),
             on_failure=self._on_request_thread_failed,
         )
+        self._tier_settings = TierSettings(
+            config.reader_threads,
+            config.read_limit_nbytes_per_s,
+            wake=self._wake_requests,
+            on_failure=self._on_reader_failed,
+        )
 
     def run(self, orders: Sequence[StoreOrder], taken: Sequence[TakenStore] = ()) -> None:
         """Serve until stopped, with the stores of a daemon before; raise LoadFailed if one of `orders` cannot be."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         held = self._hold(taken)
-        self._awaited = [self._service.begin_load(o.path, o.digest) for o in orders if o.digest not in held]
-        unfinished = [self._service.begin_load(s.path, s.digest) for s in taken if s.digest not in held]
+        self._awaited = [self._service.begin_load(o.path, o.digest, o.wish) for o in orders if o.digest not in held]
+        unfinished = [self._service.begin_load(s.path, s.digest, s.wish) for s in taken if s.digest not in held]
         self._requests.start()
         try:
             for store in (*self._awaited, *unfinished):
@@ -180,6 +195,13 @@ class Daemon:
         self._failure = ExpertdError("the request thread failed; the log has the story")
         self._control.stop()
 
+    def _on_reader_failed(self) -> None:
+        self._failure = ExpertdError("a reader thread failed; the log has the story")
+        self._control.stop()
+
+    def _wake_requests(self) -> None:
+        self._requests.wake()
+
     def _start_load(self, store: HeldStore) -> None:
         self._loads.submit(self._load, store)
 
@@ -187,7 +209,10 @@ class Daemon:
         """Load in the loader thread and post what came of it."""
         settings = LoaderSettings(self._config.n_loader_threads, self._config.collapse_budget_s)
         try:
-            loaded = Loader(settings, available_nbytes, store.progress).load(store.path, store.digest, store.wish)
+            loader = Loader(
+                settings, available_nbytes, store.progress, partial(TieredStore, settings=self._tier_settings)
+            )
+            loaded = loader.load(store.path, store.digest, store.wish)
         except LoadCancelled:
             return
         except OutOfMemory as error:

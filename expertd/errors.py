@@ -2,6 +2,7 @@
 
 ExpertdError
 ├── ConfigError      a configuration file or value that is wrong
+├── ProfileInvalid   a file that is no routing trace
 ├── StoreInvalid     a directory that is no store, or a damaged one
 ├── LoadCancelled    the store is no longer wanted
 ├── AlreadyRunning   another daemon of this user holds the lock
@@ -16,6 +17,10 @@ class ExpertdError(Exception):
 
 class ConfigError(ExpertdError):
     """A configuration file or value that is wrong."""
+
+
+class ProfileInvalid(ExpertdError):
+    """A file that is no routing trace."""
 
 
 class StoreInvalid(ExpertdError):

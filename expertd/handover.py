@@ -18,6 +18,7 @@ from pathlib import Path
 
 from expertd.admin import stop_daemon
 from expertd.adoption import adopt
+from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.errors import StartFailed, StoreInvalid
 from expertd.loader import LoadedStore
 from expertd.systemd import KeptStore
@@ -34,11 +35,12 @@ _STOP_WITHIN_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class TakenStore:
-    """A store that the daemon before had; `loaded` is None where it was still loading."""
+    """A store that the daemon before had; `loaded` is None where it was still loading, or has slots."""
 
     path: Path
     digest: str
     loaded: LoadedStore | None
+    wish: MemoryWish = ALL_THERE_IS
 
 
 def take_over(directory: RuntimeDir, *, n_threads: int) -> list[TakenStore]:
@@ -77,10 +79,12 @@ def _take_stores(directory: RuntimeDir, stores: Sequence[StoreStatus], n_threads
     taken: list[TakenStore] = []
     try:
         for store in stores:
+            wish = MemoryWish(store.memory_nbytes)
             if store.state is StoreState.READY:
-                taken.append(TakenStore(Path(store.path), store.digest, _take(directory, store.digest, n_threads)))
+                loaded = _take(directory, store.digest, n_threads)
+                taken.append(TakenStore(Path(store.path), store.digest, loaded, wish))
             elif store.state is StoreState.LOADING:
-                taken.append(TakenStore(Path(store.path), store.digest, None))
+                taken.append(TakenStore(Path(store.path), store.digest, None, wish))
     except BaseException:
         _close(taken)
         raise

@@ -7,24 +7,30 @@ three release the interpreter lock, so the daemon goes on answering.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from expertd.budget import ALL_THERE_IS, MemoryWish, check_fits
+from expertd.budget import ALL_THERE_IS, MemoryWish, TierPlan, plan_memory
 from expertd.errors import LoadCancelled, StoreInvalid
+from expertd.slot_memory import SlotMemory
 from expertd.store import StoreFiles
-from protocol.catalogue import Catalogue, encode_catalogue, plan_catalogue
+from expertd.tiered import TieredStore
+from protocol.catalogue import Catalogue, encode_catalogue, plan_catalogue, plan_tiered_catalogue
 from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import close_all
 from protocol.handles import DenseHandle, ExpertHandle, ExpertKey
-from protocol.manifest import Record
+from protocol.manifest import Manifest, Record
 from protocol.segment import HUGE_PAGE_NBYTES, SegmentBuilder, make_segment
+from protocol.slot_table import SlotArea
 
 _Argument = TypeVar("_Argument")
 _Result = TypeVar("_Result")
+
+OpenTiered = Callable[[Catalogue, StoreFiles, SlotMemory, Collection[ExpertKey]], TieredStore]
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +62,7 @@ class LoadedStore:
     huge_nbytes: int
     corrupt: tuple[ExpertKey, ...]
     fds: list[int] = field(default_factory=list)
+    tiered: TieredStore | None = None  # of a store that is larger than its memory
 
     def close(self) -> None:
         """Let the segments go; runners that map them keep them alive."""
@@ -80,11 +87,27 @@ class _Item:
     handle: ExpertHandle | DenseHandle
 
 
-class Loader:
-    """Loads one store; made anew for each."""
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the steps of one load share."""
 
-    def __init__(self, settings: LoaderSettings, available_nbytes: Callable[[], int], progress: LoadProgress) -> None:
+    files: StoreFiles
+    pool: ThreadPoolExecutor
+    collapse_until: float
+
+
+class Loader:
+    """Loads one store; made anew for each. `open_tiered` puts a store to work that is larger than its memory."""
+
+    def __init__(
+        self,
+        settings: LoaderSettings,
+        available_nbytes: Callable[[], int],
+        progress: LoadProgress,
+        open_tiered: OpenTiered,
+    ) -> None:
         self._settings = settings
+        self._open_tiered = open_tiered
         self._available_nbytes = available_nbytes
         self._progress = progress
         self._corrupt: list[ExpertKey] = []
@@ -93,24 +116,28 @@ class Loader:
     def load(self, path: Path, digest: str, wish: MemoryWish = ALL_THERE_IS) -> LoadedStore:
         """Return the store of that digest as sealed segments; raise StoreInvalid, OutOfMemory or LoadCancelled."""
         start = time.monotonic()
-        with StoreFiles(path) as files, ThreadPoolExecutor(self._settings.n_threads, "expertd-load") as pool:
+        with ExitStack() as stack, ThreadPoolExecutor(self._settings.n_threads, "expertd-load") as pool:
+            files = stack.enter_context(StoreFiles(path))
             if files.manifest.digest != digest:
                 raise StoreInvalid(f"the store has digest {files.manifest.digest[:12]}, {digest[:12]} was expected")
-            catalogue = plan_catalogue(files.manifest)
-            check_fits(sum(catalogue.segments_nbytes), wish, self._available_nbytes())
+            plan = plan_memory(files.manifest, wish, self._available_nbytes())
+            planned = plan_catalogue(files.manifest) if plan is None else _tiered(files.manifest, plan)
             reached(FaultPoint.DAEMON_FILES_OPENED)
+            work = _Work(files, pool, start + self._settings.collapse_budget_s)
             fds: list[int] = []
-            try:
-                collapse_until = start + self._settings.collapse_budget_s
-                for segment, nbytes in enumerate(catalogue.segments_nbytes):
-                    items = [item for item in _items(catalogue) if item.handle.segment == segment]
-                    fds.append(self._load_segment(files, pool, nbytes, items, collapse_until))
-                catalogue = self._without_corrupt(catalogue)
-                fds.insert(0, make_segment("expertd-catalogue", encode_catalogue(catalogue)))
-                reached(FaultPoint.DAEMON_SEGMENTS_SEALED)
-            except BaseException:
-                close_all(fds)
-                raise
+            stack.callback(close_all, fds)
+            n_sealed = len(planned.segments_nbytes) if planned.slots is None else planned.slots.first_segment
+            for segment, nbytes in enumerate(planned.segments_nbytes[:n_sealed]):
+                items = [item for item in _items(planned) if item.handle.segment == segment]
+                fds.append(self._load_segment(work, nbytes, items))
+            memory = self._take_slots(work, planned.slots, fds, stack) if planned.slots else None
+            catalogue = self._without_corrupt(planned)
+            fds.insert(0, make_segment("expertd-catalogue", encode_catalogue(catalogue)))
+            reached(FaultPoint.DAEMON_SEGMENTS_SEALED)
+            tiered = self._open_tiered(catalogue, files, memory, self._corrupt) if memory else None
+            if tiered is None:
+                files.close()
+            stack.pop_all()
         return LoadedStore(
             catalogue=catalogue,
             digest=digest,
@@ -119,32 +146,39 @@ class Loader:
             huge_nbytes=self._huge_nbytes,
             corrupt=tuple(sorted(self._corrupt)),
             fds=fds,
+            tiered=tiered,
         )
 
-    def _load_segment(
-        self,
-        files: StoreFiles,
-        pool: ThreadPoolExecutor,
-        nbytes: int,
-        items: list[_Item],
-        collapse_until: float,
-    ) -> int:
-        with SegmentBuilder("expertd-store", nbytes) as builder:
+    def _take_slots(self, work: _Work, area: SlotArea, fds: list[int], stack: ExitStack) -> SlotMemory:
+        """Return slots whose memory is taken; `fds` gets what clients are given of them."""
+        builders = []
+        for nbytes in (*area.segments_nbytes(), area.table_nbytes):
+            builder = stack.enter_context(SegmentBuilder("expertd-slots", nbytes))
+            self._populate(work, builder)
+            fds.append(builder.share())
+            builders.append(builder)
+        return SlotMemory(area, builders[:-1], builders[-1])
 
-            def populate(start: int) -> int:
-                self._check_wanted()
-                stop = min(start + _SLICE_NBYTES, nbytes)
-                return builder.populate(start, stop, collapse_until=collapse_until)
+    def _load_segment(self, work: _Work, nbytes: int, items: list[_Item]) -> int:
+        with SegmentBuilder("expertd-store", nbytes) as builder:
 
             def read(item: _Item) -> None:
                 self._check_wanted()
-                self._load_record(files, builder.view, item)
+                self._load_record(work.files, builder.view, item)
 
-            self._huge_nbytes += sum(_run_all(pool, populate, range(0, nbytes, _SLICE_NBYTES)))
+            self._populate(work, builder)
             reached(FaultPoint.DAEMON_SEGMENT_POPULATED)
-            _run_all(pool, read, items)
+            _run_all(work.pool, read, items)
             reached(FaultPoint.DAEMON_SEGMENT_FILLED)
             return builder.seal()
+
+    def _populate(self, work: _Work, builder: SegmentBuilder) -> None:
+        def populate(start: int) -> int:
+            self._check_wanted()
+            stop = min(start + _SLICE_NBYTES, builder.nbytes)
+            return builder.populate(start, stop, collapse_until=work.collapse_until)
+
+        self._huge_nbytes += sum(_run_all(work.pool, populate, range(0, builder.nbytes, _SLICE_NBYTES)))
 
     def _load_record(self, files: StoreFiles, view: memoryview, item: _Item) -> None:
         with view[item.handle.offset : item.handle.offset + item.handle.nbytes] as target:
@@ -182,11 +216,15 @@ def _run_all(
     return [future.result() for future in futures]
 
 
+def _tiered(manifest: Manifest, plan: TierPlan) -> Catalogue:
+    return plan_tiered_catalogue(manifest, plan.pinned, plan.n_slots)
+
+
 def _items(catalogue: Catalogue) -> Iterable[_Item]:
     for name, record in catalogue.manifest.dense.items():
         yield _Item(name, record, catalogue.dense[name])
-    for key, record in catalogue.manifest.experts.items():
-        yield _Item(str(key), record, catalogue.experts[key])
+    for key, handle in catalogue.experts.items():
+        yield _Item(str(key), catalogue.manifest.experts[key], handle)
 
 
 def _is_intact(files: StoreFiles, item: _Item, target: memoryview) -> bool:

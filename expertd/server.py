@@ -6,20 +6,22 @@ session instead. Who blocks whom: nobody; a peer that does not read loses its re
 """
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import zmq
 
 from expertd.errors import StartFailed
-from expertd.service import Service
+from expertd.service import Reply, Service
 from expertd.sessions import Session
 from protocol.codec import decode, encode
 from protocol.errors import MalformedMessage
 from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import Credentials
-from protocol.messages import Message, Refused, RequestRefusal
+from protocol.messages import Refused, RequestRefusal
 from protocol.runtime_dir import RuntimeDir
 from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
 
@@ -52,7 +54,9 @@ class RequestServer(threading.Thread):
         self._clock = clock
         self._drop_session = drop_session
         self._on_failure = on_failure
+        self._collect_at: float | None = None
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         for option, value in (
@@ -72,12 +76,21 @@ class RequestServer(threading.Thread):
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._stop_reader, zmq.POLLIN)
+        poller.register(self._wake_reader, zmq.POLLIN)
         try:
-            while self._stop_reader not in dict(poller.poll()):
-                self._serve_one()
+            while self._stop_reader not in (events := dict(poller.poll(self._wait_ms()))):
+                if self._socket in events:
+                    self._serve_one()
+                if self._wake_reader in events or self._is_collection_due():
+                    self._collect()
         except Exception:  # the one net of this thread: without it, it would end in silence
             logger.exception("the request thread failed by a fault of ours")
             self._on_failure()
+
+    def wake(self) -> None:
+        """Have the thread look for answers that are due; may be called from any thread."""
+        with suppress(BlockingIOError):  # a full pipe wakes it just as well
+            os.write(self._wake_writer, b"\0")
 
     def stop(self) -> None:
         """End the thread and close the socket."""
@@ -85,8 +98,23 @@ class RequestServer(threading.Thread):
         self.join()
         self._socket.close()
         self._context.term()
-        os.close(self._stop_reader)
-        os.close(self._stop_writer)
+        for fd in (self._stop_reader, self._stop_writer, self._wake_reader, self._wake_writer):
+            os.close(fd)
+
+    def _wait_ms(self) -> int | None:
+        with self._lock:
+            self._collect_at = self._service.next_collection()
+        return None if self._collect_at is None else math.ceil(max(0.0, self._collect_at - self._clock()) * 1000)
+
+    def _is_collection_due(self) -> bool:
+        return self._collect_at is not None and self._collect_at <= self._clock()
+
+    def _collect(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self._wake_reader, 4096)
+        with self._lock:
+            replies = self._service.collect_replies(self._clock())
+        self._send(replies)
 
     def _serve_one(self) -> None:
         frames = self._receive_frames()
@@ -101,9 +129,9 @@ class RequestServer(threading.Thread):
             if session is None:
                 self._service.note_stray_frame()
                 return
-            reply = self._answer(session, data.bytes)
-        if reply is not None:
-            self._send(routing_id.bytes, reply)
+            session.routing_id = routing_id.bytes
+            replies = self._answer(session, data.bytes)
+        self._send(replies)
 
     def _receive_frames(self) -> tuple[zmq.Frame, zmq.Frame, zmq.Frame] | None:
         """Return the three frames of a request; None if there were more or fewer. The rest is read and forgotten."""
@@ -120,23 +148,24 @@ class RequestServer(threading.Thread):
             return None
         return frames[0], frames[1], frames[2]
 
-    def _answer(self, session: Session, data: bytes) -> Message | None:
+    def _answer(self, session: Session, data: bytes) -> list[Reply]:
         try:
             message = decode(data, Channel.REQUEST, Sender.CLIENT)
         except MalformedMessage as error:
             outcome = self._service.note_bad_message(session, str(error))
             if outcome.must_drop:
                 self._drop_session(session)
-            return RequestRefusal(0, outcome.reply) if isinstance(outcome.reply, Refused) else None
+            return [Reply(session, RequestRefusal(0, outcome.reply))] if isinstance(outcome.reply, Refused) else []
         reached(FaultPoint.DAEMON_REQUEST_RECEIVED)
         return self._service.handle_request(session, message, self._clock())
 
-    def _send(self, routing_id: bytes, reply: Message) -> None:
-        try:
-            self._socket.send_multipart([routing_id, encode(reply)], zmq.NOBLOCK)
-            reached(FaultPoint.DAEMON_REQUEST_ANSWERED)
-        except zmq.ZMQError as error:
-            logger.warning("reply dropped error=%s", error)
+    def _send(self, replies: list[Reply]) -> None:
+        for reply in replies:
+            try:
+                self._socket.send_multipart([reply.session.routing_id, encode(reply.message)], zmq.NOBLOCK)
+                reached(FaultPoint.DAEMON_REQUEST_ANSWERED)
+            except zmq.ZMQError as error:
+                logger.warning("reply dropped error=%s", error)
 
 
 def libzmq_version() -> tuple[int, ...]:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertd.budget import ALL_THERE_IS, MemoryWish
+from expertd.host_slots import SessionFigures
 from expertd.loader import LoadedStore
 from expertd.sessions import Session, SessionTable
 from expertd.store import path_problem
 from expertd.stores import HeldStore, StoreTable
+from expertd.tiered import TieredReply
 from protocol import messages as m
 from protocol.fdpass import Credentials
 from protocol.messages import Code, Message, Refused, StoreState
@@ -37,6 +39,14 @@ class MemoryFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer on the request channel, and whose it is."""
+
+    session: Session
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What to do about a message. `fds` stay the store's: they are sent, not given away."""
 
@@ -51,7 +61,14 @@ class Service:
     """The daemon's state and its answers."""
 
     def __init__(
-        self, *, uid: int, pid: int, new_token: Callable[[int], bytes], memory: Callable[[], MemoryFigures], now: float
+        self,
+        *,
+        uid: int,
+        pid: int,
+        new_token: Callable[[int], bytes],
+        memory: Callable[[], MemoryFigures],
+        now: float,
+        wake_requests: Callable[[], None] = lambda: None,
     ) -> None:
         self._uid = uid
         self._pid = pid
@@ -63,6 +80,8 @@ class Service:
         self._stores = StoreTable()
         self._n_bad_messages = 0
         self._is_draining = False
+        self._wake_requests = wake_requests
+        self._unsent: list[Reply] = []
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
@@ -78,11 +97,13 @@ class Service:
 
     def close_session(self, session: Session, now: float) -> None:
         """Free all that a session held; closing it again does nothing."""
-        self._sessions.close(session)
+        is_open = self._sessions.close(session)
         store = session.store
-        if store is None:
+        if store is None or not is_open:
             return
         self._busy_at = now
+        if store.tiered:
+            self._send_later(store.tiered.close_session(session.session_id, now))
         if store.state is StoreState.ORPHANED and not self._sessions.attached_to(store):
             self._stores.forget_orphan(store)
 
@@ -145,7 +166,7 @@ class Service:
             available_nbytes=memory.available_nbytes,
             n_bad_messages=self._n_bad_messages,
             stores=tuple(self._store_status(store) for store in self._stores.all()),
-            sessions=tuple(session.status(now) for session in self._sessions),
+            sessions=tuple(self._session_status(session, now) for session in self._sessions),
         )
 
     def drain(self) -> None:
@@ -189,21 +210,41 @@ class Service:
         """Return the session of that token if it is that process's."""
         return self._sessions.with_token(token, peer)
 
-    def handle_request(self, session: Session, message: Message, now: float) -> Message | None:
-        """Return the answer to a message on the request channel; None for a hint."""
+    def handle_request(self, session: Session, message: Message, now: float) -> list[Reply]:
+        """Return the answers that a message on the request channel leads to, to whomever."""
         session.n_requests += 1
+        tiered = session.store.tiered if session.store else None
         match message:
             case m.GetStats(request_id):
-                age_s = max(0.0, now - session.opened_at)
-                return m.Stats(request_id, age_s, session.n_requests, session.n_refused, 0)
-            case m.Prefetch():
-                return None  # a hint about a store that is in memory already
-            case m.Release():
-                return None  # there are no leases, and what is resident grows neither old nor new
+                return [Reply(session, self._stats(session, request_id, now))]
+            case m.Acquire(request_id, keys) if tiered:
+                unknown = tiered.first_unknown(keys)
+                if unknown is not None:
+                    return self._refuse(session, request_id, Refused(Code.UNKNOWN_EXPERT, f"no expert {unknown}"))
+                return self._addressed(tiered.acquire(session.session_id, request_id, keys, now))
             case m.Acquire(request_id):
-                session.n_refused += 1
-                return m.RequestRefusal(request_id, self._why_no_lease(session))
+                return self._refuse(session, request_id, self._why_no_lease(session))
+            case m.Release(_, keys) if tiered:
+                return self._addressed(tiered.release(session.session_id, keys, now))
+            case m.Prefetch(_, keys, deadline_ms) if tiered:
+                known = [key for key in keys if tiered.first_unknown([key]) is None]
+                return self._addressed(tiered.prefetch(session.session_id, known, now + deadline_ms / 1000, now))
+            case m.Release() | m.Prefetch():
+                return []  # without slots nothing is leased, foreseen or old
         raise TypeError(f"{type(message).__name__} is not decoded on the request channel")
+
+    def collect_replies(self, now: float) -> list[Reply]:
+        """Return the answers that are due for another reason than a request: what was read, who left, time."""
+        replies, self._unsent = self._unsent, []
+        for store in self._stores.all():
+            if store.tiered:
+                replies += self._addressed(store.tiered.collect(now))
+        return replies
+
+    def next_collection(self) -> float | None:
+        """Return when `collect_replies` is to be called if nothing happens."""
+        ticks = [store.tiered.slots.next_tick for store in self._stores.all() if store.tiered]
+        return min((tick for tick in ticks if tick is not None), default=None)
 
     # --- private --------------------------------------------------------------------------------------------------
 
@@ -257,6 +298,55 @@ class Service:
 
     def _store_status(self, store: HeldStore) -> m.StoreStatus:
         return store.status(len(self._sessions.attached_to(store)))
+
+    def _session_status(self, session: Session, now: float) -> m.SessionStatus:
+        figures = self._figures(session, now)
+        return m.SessionStatus(
+            pid=session.peer.pid,
+            library_version=session.library_version,
+            age_s=max(0.0, now - session.opened_at),
+            digest=session.store.digest if session.store else None,
+            n_leases=figures.n_leases,
+            n_hits=figures.n_hits,
+            n_misses=figures.n_misses,
+            read_nbytes=figures.read_nbytes,
+            waited_s=figures.waited_s,
+        )
+
+    def _stats(self, session: Session, request_id: int, now: float) -> m.Stats:
+        figures = self._figures(session, now)
+        return m.Stats(
+            request_id=request_id,
+            age_s=max(0.0, now - session.opened_at),
+            n_requests=session.n_requests,
+            n_refused=session.n_refused,
+            n_leases=figures.n_leases,
+            n_hits=figures.n_hits,
+            n_misses=figures.n_misses,
+            n_prefetch_used=figures.n_hints_used,
+            n_prefetch_late=figures.n_hints_late,
+            n_prefetch_wasted=figures.n_hints_wasted,
+            n_prefetch_dropped=figures.n_hints_dropped,
+            read_nbytes=figures.read_nbytes,
+            waited_s=figures.waited_s,
+        )
+
+    def _figures(self, session: Session, now: float) -> SessionFigures:
+        tiered = session.store.tiered if session.store else None
+        return tiered.figures(session.session_id, now) if tiered else SessionFigures()
+
+    def _refuse(self, session: Session, request_id: int, reason: Refused) -> list[Reply]:
+        session.n_refused += 1
+        return [Reply(session, m.RequestRefusal(request_id, reason))]
+
+    def _addressed(self, replies: list[TieredReply]) -> list[Reply]:
+        found = [(self._sessions.find(reply.session), reply.message) for reply in replies]
+        return [Reply(session, message) for session, message in found if session is not None]
+
+    def _send_later(self, replies: list[TieredReply]) -> None:
+        if replies:
+            self._unsent += self._addressed(replies)
+            self._wake_requests()
 
     def _why_no_lease(self, session: Session) -> Refused:
         if session.store is None:

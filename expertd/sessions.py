@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from expertd.stores import HeldStore
 from protocol.fdpass import Credentials
-from protocol.messages import SessionStatus
 
 
 @dataclass(slots=True, eq=False)
@@ -21,11 +20,7 @@ class Session:
     n_bad_messages: int = 0
     n_requests: int = 0
     n_refused: int = 0
-
-    def status(self, now: float) -> SessionStatus:
-        """Return what `status` shows of this session."""
-        digest = self.store.digest if self.store else None
-        return SessionStatus(self.peer.pid, self.library_version, max(0.0, now - self.opened_at), digest)
+    routing_id: bytes = b""  # where its answers go, from its last request; the request thread's
 
 
 @dataclass(slots=True)
@@ -55,11 +50,15 @@ class SessionTable:
         session.library_version = library_version
         self._by_token[token] = session
 
-    def close(self, session: Session) -> None:
-        """Forget a session and void its token; forgetting it again does nothing."""
-        self._by_id.pop(session.session_id, None)
+    def find(self, session_id: int) -> Session | None:
+        """Return the session of that id, if it is open."""
+        return self._by_id.get(session_id)
+
+    def close(self, session: Session) -> bool:
+        """Forget a session and void its token; return whether it was open."""
         if session.token is not None:
             self._by_token.pop(session.token, None)
+        return self._by_id.pop(session.session_id, None) is not None
 
     def with_token(self, token: bytes, peer: Credentials) -> Session | None:
         """Return the session of that token if it is that process's, else None."""

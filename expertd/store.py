@@ -4,7 +4,9 @@ The directory may have been made by anybody: the manifest is bounded and checked
 opened without following links, and every record must lie inside its file before the first one is read.
 """
 
+import errno
 import hashlib
+import logging
 import os
 import stat
 from pathlib import Path
@@ -14,12 +16,30 @@ import xxhash
 
 from expertd.errors import StoreInvalid
 from protocol.errors import ManifestError
+from protocol.layout import PAGE_NBYTES
 from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, Record, SideFile, load_manifest
+
+logger = logging.getLogger(__name__)
 
 _READ_NBYTES = 8 << 20
 _PATH_NBYTES_MAX = 1024
 # A file holds up to 1 GiB of records, and every one stays open while the store is read.
 _DATA_FILES_MAX = 512
+
+
+class Checksum:
+    """The checksum of a record whose bytes come one piece after the other. Lets other threads run meanwhile."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+
+    def add(self, piece: memoryview) -> None:
+        """Go on with the next bytes."""
+        self._hash.update(piece)
+
+    def hexdigest(self) -> str:
+        """Return the checksum of all bytes so far, as a manifest has it."""
+        return self._hash.hexdigest()
 
 
 class StoreFiles:
@@ -28,6 +48,7 @@ class StoreFiles:
     def __init__(self, path: Path) -> None:
         """Open the store in that directory; raise StoreInvalid."""
         self._fds: dict[str, int] = {}
+        self._direct_fds: dict[str, int] = {}
         self._directory = _open_directory(path)
         try:
             self.manifest = _read_manifest(self._directory)
@@ -47,7 +68,7 @@ class StoreFiles:
 
     def close(self) -> None:
         """Close all files; to be called once."""
-        for fd in (self._directory, *self._fds.values()):
+        for fd in {self._directory, *self._fds.values(), *self._direct_fds.values()}:
             os.close(fd)
 
     def read_record(self, record: Record, target: memoryview) -> bool:
@@ -63,6 +84,19 @@ class StoreFiles:
             os.posix_fadvise(fd, record.offset, record.nbytes, os.POSIX_FADV_DONTNEED)
         return False
 
+    def read_piece(self, record: Record, start: int, target: memoryview) -> None:
+        """Fill the target from byte `start` of a record on, leaving no copy in the page cache; raise OSError."""
+        fd = self._direct_fd(record.file)
+        try:
+            _read_exactly(fd, target, record.offset + start)
+        except OSError as error:
+            if error.errno != errno.EINVAL or fd == self._fds[record.file]:
+                raise
+            # This file system or disk wants other alignment than a record has.
+            logger.info("reading through the page cache file=%s", record.file)
+            self._direct_fds[record.file] = self._fds[record.file]
+            _read_exactly(self._fds[record.file], target, record.offset + start)
+
     def forget_cached(self, record: Record) -> None:
         """Let the kernel drop its cached copy of a record that memory now holds."""
         os.posix_fadvise(self._fds[record.file], record.offset, record.nbytes, os.POSIX_FADV_DONTNEED)
@@ -76,6 +110,19 @@ class StoreFiles:
         with os.fdopen(fd, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return digest == side_file.sha256
+
+    def open_direct(self) -> None:
+        """Open every file a second time, past the page cache, where its file system can do that."""
+        for name, fd in self._fds.items():
+            try:
+                # The very file that was opened and checked, whatever bears its name by now.
+                self._direct_fds[name] = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError as error:
+                logger.info("reading through the page cache file=%s reason=%s", name, error.strerror)
+                self._direct_fds[name] = fd
+
+    def _direct_fd(self, name: str) -> int:
+        return self._direct_fds.get(name, self._fds[name])
 
     def _check_inside_file(self, record: Record) -> None:
         if record.file not in self._fds:
@@ -152,6 +199,7 @@ def _read_exactly(fd: int, target: memoryview, offset: int) -> None:
     done = 0
     while done < len(target):
         n = os.preadv(fd, [target[done : done + _READ_NBYTES]], offset + done)
-        if n == 0:
-            raise OSError(f"the file ends at byte {offset + done}, {offset + len(target)} were expected")
         done += n
+        # Past the page cache a read that ends inside a page has met the end of the file.
+        if n == 0 or (done < len(target) and n % PAGE_NBYTES):
+            raise OSError(f"the file ends at byte {offset + done}, {offset + len(target)} were expected")

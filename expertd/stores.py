@@ -5,8 +5,12 @@ from pathlib import Path
 
 from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.loader import LoadedStore, LoadProgress
+from expertd.tiered import TieredStore
 from protocol.messages import Refused, StoreState, StoreStatus
 from protocol.schema import CORRUPT_KEYS_MAX
+
+# At the end of the daemon: a read from a dead disk never ends, and must not keep it from ending.
+_LAST_READ_S = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -26,9 +30,15 @@ class HeldStore:
         """The bytes of its segments; 0 until they are known."""
         return self.loaded.nbytes if self.loaded else 0
 
+    @property
+    def tiered(self) -> TieredStore | None:
+        """Its slots at work, if it is larger than its memory."""
+        return self.loaded.tiered if self.loaded else None
+
     def status(self, n_sessions: int) -> StoreStatus:
         """Return what `status` shows of this store."""
-        corrupt = self.loaded.corrupt if self.loaded else ()
+        slots = self.tiered.slots if self.tiered else None
+        corrupt = tuple(sorted(slots.corrupt)) if slots else self.loaded.corrupt if self.loaded else ()
         return StoreStatus(
             digest=self.digest,
             path=str(self.path),
@@ -42,6 +52,12 @@ class HeldStore:
             n_sessions=n_sessions,
             error=self.error,
             memory_nbytes=self.wish.memory_nbytes,
+            n_slots=self.tiered.n_slots if self.tiered else 0,
+            slot_nbytes=self.tiered.slot_nbytes if self.tiered else 0,
+            n_used_slots=slots.n_used if slots else 0,
+            n_pinned=len(self.loaded.catalogue.experts) if slots and self.loaded else 0,
+            n_loads=slots.n_loads if slots else 0,
+            read_nbytes=slots.read_nbytes if slots else 0,
         )
 
 
@@ -76,6 +92,8 @@ class StoreTable:
         """Make a loaded store available; one that was unloaded meanwhile is let go."""
         if self._by_digest.get(store.digest) is not store:
             loaded.close()
+            if loaded.tiered:
+                loaded.tiered.stop()
             return
         store.loaded = loaded
         store.state = StoreState.READY
@@ -94,9 +112,13 @@ class StoreTable:
         if is_mapped:
             store.state = StoreState.ORPHANED
             self._orphans.append(store)
+        elif store.tiered:
+            store.tiered.stop()
 
     def forget_orphan(self, orphan: HeldStore) -> None:
         """Drop an orphan that nobody maps any more."""
+        if orphan.tiered:
+            orphan.tiered.stop()
         self._orphans = [store for store in self._orphans if store is not orphan]
 
     def close(self) -> None:
@@ -105,5 +127,10 @@ class StoreTable:
             store.progress.cancelled = True
             if store.loaded:
                 store.loaded.close()
+            if store.tiered:
+                store.tiered.stop()
+        for store in self.all():
+            if store.tiered:
+                store.tiered.join(_LAST_READ_S)
         self._by_digest.clear()
         self._orphans.clear()

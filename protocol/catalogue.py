@@ -114,10 +114,7 @@ def decode_catalogue(data: bytes) -> Catalogue:
         dense[dense_handle.name] = dense_handle
     if dense.keys() != manifest.dense.keys():
         raise SegmentError("the catalogue does not place every dense tensor of the manifest")
-    catalogue = Catalogue(manifest, sizes, experts, dense, slots)
-    if slots is not None and any(r.nbytes > slots.slot_nbytes for k, r in manifest.experts.items() if k not in experts):
-        raise SegmentError("the catalogue's slots are smaller than an expert that has no other place")
-    return catalogue
+    return Catalogue(manifest, sizes, experts, dense, slots)
 
 
 def _slot_area(value: object, sizes: tuple[int, ...]) -> SlotArea:

@@ -16,6 +16,7 @@ from protocol.handles import ExpertKey
 from protocol.manifest import Manifest
 from protocol.segment import SegmentBuilder, make_segment
 from tests.support.leaks import Holdings, holdings
+from tests.support.tiers import open_tiered
 
 KEY = ExpertKey(1, 2)
 
@@ -32,7 +33,9 @@ class Offer:
     """A loaded store's descriptors, to be falsified."""
 
     def __init__(self, store: Path, manifest: Manifest) -> None:
-        loaded = Loader(LoaderSettings(2, 0.0), lambda: 1 << 60, LoadProgress()).load(store, manifest.digest)
+        loaded = Loader(LoaderSettings(2, 0.0), lambda: 1 << 60, LoadProgress(), open_tiered).load(
+            store, manifest.digest
+        )
         self.catalogue: Catalogue = loaded.catalogue
         self.digest = loaded.digest
         self.fds = loaded.fds

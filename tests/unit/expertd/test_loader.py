@@ -16,6 +16,7 @@ from protocol.manifest import DENSE_FILE, Manifest
 from protocol.segment import check_segment, map_segment, segment_nbytes
 from tests.support.leaks import holdings
 from tests.support.stores import EXPERTS_FILE, flip_byte
+from tests.support.tiers import open_tiered
 
 KEY = ExpertKey(1, 2)
 
@@ -25,7 +26,7 @@ def plenty() -> int:
 
 
 def load(store: Path, digest: str, *, available: Callable[[], int] = plenty) -> LoadedStore:
-    return Loader(LoaderSettings(2, 30.0), available, LoadProgress()).load(store, digest)
+    return Loader(LoaderSettings(2, 30.0), available, LoadProgress(), open_tiered).load(store, digest)
 
 
 def loaded_experts(loaded: LoadedStore) -> dict[ExpertKey, bytes]:
@@ -78,7 +79,7 @@ def test_every_segment_is_sealed(store: Path, manifest: Manifest) -> None:
 def test_all_records_count_as_progress(store: Path, manifest: Manifest) -> None:
     progress = LoadProgress()
 
-    loaded = Loader(LoaderSettings(2, 0.0), plenty, progress).load(store, manifest.digest)
+    loaded = Loader(LoaderSettings(2, 0.0), plenty, progress, open_tiered).load(store, manifest.digest)
 
     assert progress.loaded_nbytes == loaded.nbytes
     loaded.close()
@@ -132,7 +133,7 @@ def test_a_cancelled_load_ends(store: Path, manifest: Manifest) -> None:
     progress.cancelled = True
 
     with pytest.raises(LoadCancelled):
-        Loader(LoaderSettings(2, 30.0), plenty, progress).load(store, manifest.digest)
+        Loader(LoaderSettings(2, 30.0), plenty, progress, open_tiered).load(store, manifest.digest)
 
 
 class CancelledAfter(LoadProgress):
@@ -152,7 +153,7 @@ def test_a_load_cancelled_between_two_segments_leaves_nothing(store: Path, manif
     progress = CancelledAfter(manifest.dense_nbytes)
 
     with pytest.raises(LoadCancelled):
-        Loader(LoaderSettings(1, 30.0), plenty, progress).load(store, manifest.digest)
+        Loader(LoaderSettings(1, 30.0), plenty, progress, open_tiered).load(store, manifest.digest)
 
     assert progress.loaded_nbytes == manifest.dense_nbytes
     assert holdings().beyond(before) == []

@@ -131,16 +131,6 @@ def test_slots_that_are_not_what_the_segments_say_are_refused(tiered: Catalogue,
         decode_catalogue(data)
 
 
-def test_slots_that_an_expert_does_not_fit_into_are_refused(tiered: Catalogue) -> None:
-    assert tiered.slots is not None
-    small = dataclasses.replace(tiered.slots, slot_nbytes=4096)
-    sizes = (*tiered.segments_nbytes[:2], 3 * 4096, small.table_nbytes)
-    data = encode_catalogue(dataclasses.replace(tiered, slots=small, segments_nbytes=sizes))
-
-    with pytest.raises(SegmentError, match="smaller than an expert"):
-        decode_catalogue(data)
-
-
 def test_a_handle_may_not_lie_in_a_slot(tiered: Catalogue) -> None:
     data = encode_catalogue(with_handle(tiered, segment=2))
 

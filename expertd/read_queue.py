@@ -1,0 +1,107 @@
+"""Which piece of which record is read next, and how fast at most. Pure: knows neither files nor threads.
+
+A record is read in pieces, by several threads at once, so that the disk has enough to do and nobody waits behind the
+whole of a record that was only foreseen: pieces of what is waited for go first, record by record.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from expertd.store import Checksum
+from protocol.handles import ExpertKey
+from protocol.manifest import Record
+
+PIECE_NBYTES = 4 << 20
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One record on its way into a slot; the memory is the slot's."""
+
+    key: ExpertKey
+    record: Record
+    target: memoryview
+    checksum: Checksum
+    n_begun: int = 0
+    ended: set[int] = field(default_factory=set)
+    n_checked: int = 0  # pieces whose bytes have gone into the checksum, in order
+    is_being_checked: bool = False
+    error: OSError | None = None
+
+    @property
+    def n_pieces(self) -> int:
+        """Into how many pieces the record is cut."""
+        return -(-self.record.nbytes // PIECE_NBYTES)
+
+    def span(self, piece: int) -> tuple[int, int]:
+        """Return the first byte of a piece and the one after its last."""
+        start = piece * PIECE_NBYTES
+        return start, min(start + PIECE_NBYTES, self.record.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of a record that is to be read now."""
+
+    job: Job
+    number: int
+
+
+class ReadQueue:
+    """Records whose pieces are not all begun yet."""
+
+    def __init__(self) -> None:
+        self._awaited: OrderedDict[ExpertKey, Job] = OrderedDict()
+        self._foreseen: OrderedDict[ExpertKey, Job] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._awaited or self._foreseen)
+
+    def put(self, job: Job, *, is_awaited: bool) -> None:
+        """Add a record."""
+        (self._awaited if is_awaited else self._foreseen)[job.key] = job
+
+    def hasten(self, key: ExpertKey) -> None:
+        """Note that somebody waits for a record that was only foreseen; one that is all begun needs no haste."""
+        job = self._foreseen.pop(key, None)
+        if job is not None:
+            self._awaited[key] = job
+
+    def next(self) -> Piece | None:
+        """Return the next piece, which counts as begun."""
+        for jobs in (self._awaited, self._foreseen):
+            for key, job in jobs.items():
+                piece = Piece(job, job.n_begun)
+                job.n_begun += 1
+                if job.n_begun == job.n_pieces:
+                    del jobs[key]
+                return piece
+        return None
+
+    def drop(self, job: Job) -> None:
+        """Begin no further piece of a record."""
+        for jobs in (self._awaited, self._foreseen):
+            if jobs.get(job.key) is job:
+                del jobs[job.key]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._awaited.clear()
+        self._foreseen.clear()
+
+
+class ReadLimit:
+    """A disk of a stated speed: when it is free for the next piece, and when that piece is there."""
+
+    def __init__(self, nbytes_per_s: float) -> None:
+        self._nbytes_per_s = nbytes_per_s
+        self._free_at = 0.0
+
+    def wait_s(self, now: float) -> float:
+        """Return how long the disk is still busy."""
+        return max(0.0, self._free_at - now)
+
+    def take(self, nbytes: int, now: float) -> float:
+        """Return when so many bytes are there if they are asked for now."""
+        self._free_at = max(self._free_at, now) + nbytes / self._nbytes_per_s
+        return self._free_at

@@ -1,0 +1,180 @@
+"""Threads that read experts into slots, check them and say what came of it. Blocks nobody but those threads.
+
+Each thread takes the next piece (`expertd.read_queue`) and reads it straight into the slot. Whoever finishes a piece
+adds to the record's checksum what is there, in order, so that reading and checking go on at the same time. A record
+with a wrong checksum is read once more, whole.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from expertd.host_slots import ReadOutcome
+from expertd.read_queue import Job, Piece, ReadLimit, ReadQueue
+from expertd.store import Checksum, StoreFiles
+from protocol.handles import ExpertKey
+from protocol.manifest import Record
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadEnd:
+    """What came of reading one expert, and how many bytes of it were read."""
+
+    key: ExpertKey
+    outcome: ReadOutcome
+    nbytes: int
+
+
+class RecordReader:
+    """The reader threads of one store. Owns its files; every method but `join` returns at once.
+
+    `on_end` is called from a reader thread, after the last byte and before anybody else touches the slot.
+    `on_stopped` is called from the last thread, when no slot will be written any more; `on_failure` when one of them
+    has failed by a fault of ours.
+    """
+
+    def __init__(
+        self,
+        files: StoreFiles,
+        n_threads: int,
+        limit_nbytes_per_s: float | None,
+        *,
+        on_end: Callable[[ReadEnd], None],
+        on_stopped: Callable[[], None],
+        on_failure: Callable[[], None],
+    ) -> None:
+        self._files = files
+        self._on_end = on_end
+        self._on_stopped = on_stopped
+        self._on_failure = on_failure
+        self._queue = ReadQueue()
+        self._limit = ReadLimit(limit_nbytes_per_s) if limit_nbytes_per_s else None
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+        self._n_running = n_threads
+        self._threads = [
+            threading.Thread(target=self._run, name=f"expertd-read-{number}", daemon=True)
+            for number in range(n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self, key: ExpertKey, record: Record, target: memoryview, *, is_awaited: bool) -> None:
+        """Have an expert read into a slot."""
+        job = Job(key, record, target, Checksum())
+        with self._changed:
+            self._queue.put(job, is_awaited=is_awaited)
+            self._changed.notify(job.n_pieces)
+
+    def hasten(self, key: ExpertKey) -> None:
+        """Have an expert read before what nobody waits for."""
+        with self._changed:
+            self._queue.hasten(key)
+
+    def stop(self) -> None:
+        """Read nothing more; what is being read ends unsaid."""
+        with self._changed:
+            self._queue.clear()
+            self._stopping.set()
+            self._changed.notify_all()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until every thread has ended, or for so long: a read from a dead disk cannot be ended."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    # --- in the reader threads ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                taken = self._next_piece()
+                if taken is None:
+                    return
+                self._read(*taken)
+        except Exception:  # the one net of this thread: without it, a slot would be awaited for ever
+            logger.exception("a reader thread failed by a fault of ours")
+            self._on_failure()
+        finally:
+            with self._changed:
+                self._n_running -= 1
+                is_last = self._n_running == 0
+            if is_last:
+                self._files.close()
+                self._on_stopped()
+
+    def _next_piece(self) -> tuple[Piece, float] | None:
+        """Wait for a piece; return it and when it may be there, None when all is over."""
+        with self._changed:
+            while not self._stopping.is_set():
+                now = time.monotonic()
+                wait_s = self._limit.wait_s(now) if self._limit else 0.0
+                piece = self._queue.next() if not wait_s else None
+                if piece is not None:
+                    start, stop = piece.job.span(piece.number)
+                    return piece, self._limit.take(stop - start, now) if self._limit else now
+                self._changed.wait(wait_s if wait_s and self._queue else None)
+        return None
+
+    def _read(self, piece: Piece, ready_at: float) -> None:
+        job = piece.job
+        start, stop = job.span(piece.number)
+        try:
+            self._files.read_piece(job.record, start, job.target[start:stop])
+        except OSError as error:
+            job.error = error
+        if self._limit:
+            self._stopping.wait(max(0.0, ready_at - time.monotonic()))
+        self._advance(piece)
+
+    def _advance(self, piece: Piece) -> None:
+        """Note that a piece has ended; check what can be checked, and end the record after its last piece."""
+        job = piece.job
+        with self._changed:
+            job.ended.add(piece.number)
+            if job.error is not None:
+                self._queue.drop(job)
+            if job.is_being_checked:
+                return  # whoever checks looks again
+            job.is_being_checked = True
+        self._check(job)
+
+    def _check(self, job: Job) -> None:
+        """Add to the checksum all pieces that follow on each other; one thread at a time for each record."""
+        while job.n_checked < job.n_pieces:
+            with self._changed:
+                if job.error is not None or job.n_checked not in job.ended:
+                    is_over = job.error is not None and len(job.ended) == job.n_begun
+                    job.is_being_checked = is_over
+                    break
+            start, stop = job.span(job.n_checked)
+            job.checksum.add(job.target[start:stop])
+            job.n_checked += 1
+        else:
+            self._end(job, self._verdict(job))
+            return
+        if is_over:
+            self._end(job, ReadOutcome.FAILED)
+
+    def _verdict(self, job: Job) -> ReadOutcome:
+        if job.checksum.hexdigest() == job.record.xxh3_128:
+            return ReadOutcome.WHOLE
+        logger.warning("checksum is wrong, reading once more key=%s", job.key)
+        try:
+            is_whole = self._files.read_record(job.record, job.target)
+        except OSError as error:
+            job.error = error
+            return ReadOutcome.FAILED
+        return ReadOutcome.WHOLE if is_whole else ReadOutcome.CORRUPT
+
+    def _end(self, job: Job, outcome: ReadOutcome) -> None:
+        self._files.forget_cached(job.record)
+        if outcome is not ReadOutcome.WHOLE:
+            logger.error("expert not read key=%s outcome=%s error=%s", job.key, outcome, job.error)
+        if not self._stopping.is_set():
+            self._on_end(ReadEnd(job.key, outcome, job.record.nbytes if outcome is ReadOutcome.WHOLE else 0))

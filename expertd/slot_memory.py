@@ -1,0 +1,40 @@
+"""The memory of a store's slots: segments that only this process writes, and the table of what lies where.
+
+Made by the loader, owned by `expertd.tiered.TieredStore`. Generations are written by whoever holds the service's lock;
+the bytes of a slot by reader threads, and only while its generation is odd.
+"""
+
+from protocol.handles import ExpertHandle, ExpertKey
+from protocol.segment import SegmentBuilder
+from protocol.slot_table import SlotArea, SlotTableWriter
+
+
+class SlotMemory:
+    """The writable mappings of a store's slots and of their table."""
+
+    def __init__(self, area: SlotArea, builders: list[SegmentBuilder], table: SegmentBuilder) -> None:
+        self.area = area
+        self._builders = builders
+        self._table_builder = table
+        self._table = SlotTableWriter(table.view, area.n_slots)
+
+    def begin(self, slot: int, nbytes: int) -> memoryview:
+        """Say that a slot's content is gone; return the memory to write so many bytes of a record to."""
+        self._table.begin(slot)
+        segment, offset = self.area.place(slot)
+        return self._builders[segment - self.area.first_segment].view[offset : offset + nbytes]
+
+    def publish(self, slot: int, key: ExpertKey) -> None:
+        """Say that a slot holds that expert, whole and checked."""
+        self._table.publish(slot, key)
+
+    def handle(self, key: ExpertKey, slot: int, nbytes: int) -> ExpertHandle:
+        """Return where an expert lies, with the generation of now."""
+        segment, offset = self.area.place(slot)
+        return ExpertHandle(key, segment, offset, nbytes, self._table.generation(slot))
+
+    def close(self) -> None:
+        """Give up the mappings; clients' own keep the memory. Nobody may be writing into a slot."""
+        self._table.release()
+        for builder in (*self._builders, self._table_builder):
+            builder.close()
