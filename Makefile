@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
+# How long `make soak` takes.
+MINUTES ?= 10
+
 # What `make sanitize` looks for: address,undefined or thread.
 SANITIZE ?= address,undefined
 SANITIZED := build/sanitize/$(SANITIZE)
@@ -22,7 +25,7 @@ endif
 # hqq compiles an extension nobody here uses wherever it sees nvcc.
 export DISABLE_CUDA := 1
 
-.PHONY: help setup demo test test-long sanitize cross-check check bench gpu format clean
+.PHONY: help setup demo test test-long soak sanitize cross-check check bench gpu format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -54,6 +57,9 @@ sanitize: setup  ## the kernels' tests on a library that watches its memory; SAN
 	OMP_NUM_THREADS=1 LD_PRELOAD=$$(gcc -print-file-name=$(SANITIZER_RUNTIME)) ASAN_OPTIONS=detect_leaks=0 \
 	  TSAN_OPTIONS=suppressions=tests/support/thread_sanitizer.txt \
 	  $(BIN)/python -m pytest -p tests.support.other_kernels --kernels-from $(SANITIZED) $(SANITIZED_TESTS)
+
+soak: setup  ## runners and daemon killed at random for MINUTES, then the report; MEMORY=300KiB: experts in slots
+	@$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(MEMORY),--memory $(MEMORY))
 
 cross-check: setup  ## the kernels' results on aarch64, under emulation, bit for bit those of this machine
 	@$(BIN)/python -m tests.cross_check
