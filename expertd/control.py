@@ -13,8 +13,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from expertd.inbox import Inbox, WholeOffer
+from expertd.offers import Adoption
 from expertd.service import Outcome, Service
 from expertd.sessions import Session
 from expertd.stores import HeldStore
@@ -22,7 +24,7 @@ from protocol import fdpass
 from protocol.codec import decode, encode
 from protocol.errors import MalformedMessage
 from protocol.fault_points import FaultPoint, reached
-from protocol.messages import Draining, Message, Refused
+from protocol.messages import Draining, Message, Offer, Refused
 from protocol.runtime_dir import RuntimeDir
 from protocol.schema import MESSAGE_NBYTES_MAX, SESSIONS_MAX, Channel, Sender
 
@@ -33,10 +35,11 @@ _TICK_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A client's socket and its session."""
+    """A client's socket, its session, and what it has sent of an offer."""
 
     sock: socket.socket
     session: Session
+    inbox: Inbox = field(default_factory=Inbox)
 
 
 class ControlLoop:
@@ -53,6 +56,7 @@ class ControlLoop:
         *,
         clock: Callable[[], float],
         start_load: Callable[[HeldStore], None],
+        start_adoption: Callable[[Adoption], None],
         idle_timeout_s: float | None,
         after_round: Callable[[], None] = lambda: None,
         tick_s: float | None = None,
@@ -62,6 +66,7 @@ class ControlLoop:
         self._lock = lock
         self._clock = clock
         self._start_load = start_load
+        self._start_adoption = start_adoption
         self._idle_timeout_s = idle_timeout_s
         self._after_round = after_round
         self._tick_s = tick_s
@@ -121,6 +126,13 @@ class ControlLoop:
                 self._drop(connection)
                 return
 
+    def answer(self, session: Session, reply: Message) -> None:
+        """Send a session an answer that took its time; one that is gone is no error."""
+        for connection in self._connections.values():
+            if connection.session is session:
+                self._carry_out(connection, Outcome(reply))
+                return
+
     def _begin_stop(self) -> None:
         self._is_stopping = True
         self._service.drain()
@@ -164,7 +176,7 @@ class ControlLoop:
 
     def _receive(self, connection: Connection) -> None:
         try:
-            data = fdpass.receive_packet(connection.sock, MESSAGE_NBYTES_MAX)
+            data, fds = fdpass.receive_packet_with_fds(connection.sock, MESSAGE_NBYTES_MAX)
         except BlockingIOError:
             return
         except OSError:
@@ -176,19 +188,39 @@ class ControlLoop:
         if not data:
             self._drop(connection)
             return
-        self._carry_out(connection, self._answer(connection.session, data))
+        outcome = self._answer(connection, data, fds)
+        if outcome is not None:
+            self._carry_out(connection, outcome)
 
-    def _answer(self, session: Session, data: bytes) -> Outcome:
+    def _answer(self, connection: Connection, data: bytes, fds: list[int]) -> Outcome | None:
+        """Return what to do about a packet; None if more belongs to it. Descriptors that come uncalled are closed."""
+        session, inbox = connection.session, connection.inbox
         try:
+            if inbox.is_waiting:
+                return self._take_offer(session, inbox.go_on(data, fds))
             message = decode(data, Channel.CONTROL, Sender.CLIENT)
+            if isinstance(message, Offer):
+                return self._take_offer(session, inbox.begin(message, fds))
         except MalformedMessage as error:
+            fdpass.close_all(fds)
             return self._service.note_bad_message(session, str(error))
+        fdpass.close_all(fds)
         reached(FaultPoint.DAEMON_MESSAGE_RECEIVED)
         return self._service.handle(session, message, self._clock())
+
+    def _take_offer(self, session: Session, offered: WholeOffer | None) -> Outcome | None:
+        if offered is None:
+            return None
+        outcome = self._service.offer(session, offered.message, offered.fds, self._clock())
+        if outcome.adoption is None:
+            fdpass.close_all(offered.fds)
+        return outcome
 
     def _carry_out(self, connection: Connection, outcome: Outcome) -> None:
         if outcome.load is not None:
             self._start_load(outcome.load)
+        if outcome.adoption is not None:
+            self._start_adoption(outcome.adoption)
         is_sent = outcome.reply is None or self._send(connection, outcome.reply, outcome.fds)
         if outcome.must_drop or not is_sent:
             self._drop(connection)
@@ -218,6 +250,7 @@ class ControlLoop:
             return
         self._selector.unregister(connection.sock)
         connection.sock.close()
+        connection.inbox.clear()
         reached(FaultPoint.DAEMON_SESSION_ENDING)
         self._service.close_session(connection.session, self._clock())
 

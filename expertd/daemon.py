@@ -3,6 +3,7 @@
     main thread      ControlLoop: sessions, descriptors, everything that changes the service
     request thread   RequestServer: ZeroMQ requests
     loader thread    one load at a time, with worker threads of its own; posts its result to the main thread
+    proving thread   one offer of a client at a time, likewise
 
 SIGTERM and SIGINT drain: no new work, a word to every session, loads dropped. A second one ends at once. SIGHUP has a
 daemon in the background make its log anew; one in a terminal has lost it, and drains.
@@ -14,13 +15,14 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from expertd.adopter import Adopter
 from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.config import DaemonConfig
 from expertd.control import ControlLoop
@@ -38,6 +40,7 @@ from expertd.lifecycle import (
 )
 from expertd.loader import LoadedStore, Loader, LoaderSettings
 from expertd.log import DaemonLog, begin_log
+from expertd.offers import Adoption
 from expertd.server import RequestServer
 from expertd.service import Service
 from expertd.stores import HeldStore
@@ -46,7 +49,7 @@ from expertd.systemd import ServiceManager
 from expertd.tiered import TieredStore, TierSettings
 from protocol.errors import OutOfMemory, ProtocolError
 from protocol.fault_points import FaultPoint, reached
-from protocol.messages import Code
+from protocol.messages import Code, Refused
 from protocol.runtime_dir import RuntimeDir
 from protocol.segment import check_seals_hold
 
@@ -120,7 +123,13 @@ class Daemon:
             now=now,
             wake_requests=self._wake_requests,
         )
-        lock = threading.Lock()
+        self._lock = lock = threading.Lock()
+        self._adopter = Adopter(
+            n_threads=config.n_loader_threads,
+            post=self._post,
+            on_taken=self._on_taken,
+            on_failed=self._on_not_taken,
+        )
         supervision = Supervision(manager, self._service, lock, clock=time.monotonic)
         self._loads = ThreadPoolExecutor(1, "expertd-loader")
         self._control = ControlLoop(
@@ -129,6 +138,7 @@ class Daemon:
             lock,
             clock=time.monotonic,
             start_load=self._start_load,
+            start_adoption=self._start_adoption,
             idle_timeout_s=config.idle_timeout_s or None,
             after_round=supervision.after_round,
             tick_s=supervision.tick_s,
@@ -154,7 +164,11 @@ class Daemon:
             signal.signal(number, self._on_signal)
         held = self._hold(taken)
         self._awaited = [self._service.begin_load(o.path, o.digest, o.wish) for o in orders if o.digest not in held]
-        unfinished = [self._service.begin_load(s.path, s.digest, s.wish) for s in taken if s.digest not in held]
+        unloaded = {store.digest for store in taken if store.is_unloaded} - held
+        for digest in unloaded:
+            self._service.offers.refuse(digest)
+        again = [store for store in taken if store.loaded is None and not store.is_unloaded]
+        unfinished = [self._service.begin_load(store.path, store.digest, store.wish) for store in again]
         self._requests.start()
         try:
             for store in (*self._awaited, *unfinished):
@@ -167,6 +181,7 @@ class Daemon:
             self._requests.stop()
             self._control.close()
             reached(FaultPoint.DAEMON_SOCKETS_CLOSED)
+            self._adopter.close()
             self._loads.shutdown(wait=True, cancel_futures=True)
             self._service.close()
             self._meter.close()
@@ -205,8 +220,15 @@ class Daemon:
     def _start_load(self, store: HeldStore) -> None:
         self._loads.submit(self._load, store)
 
+    def _start_adoption(self, adoption: Adoption) -> None:
+        self._adopter.start(adoption)
+
     def _load(self, store: HeldStore) -> None:
         """Load in the loader thread and post what came of it."""
+        with self._lock:
+            attached_pids = self._service.attached_pids()
+        if not self._adopter.still_needs_reading(store, attached_pids):
+            return
         settings = LoaderSettings(self._config.n_loader_threads, self._config.collapse_budget_s)
         try:
             loader = Loader(
@@ -224,6 +246,27 @@ class Daemon:
             self._post_failure(store, Code.STORE_INVALID, "expertd failed while loading; its log has the story")
         else:
             self._control.post(lambda: self._on_loaded(store, loaded))
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._control.post(action)
+
+    def _on_taken(self, adoption: Adoption, loaded: LoadedStore) -> None:
+        nbytes, proof_s = loaded.nbytes, loaded.load_s
+        reply = self._service.offers.taken(adoption, loaded)
+        logger.info(
+            "store offered digest=%s pid=%d nbytes=%d proof_s=%.2f answer=%s",
+            adoption.store.digest[:12], adoption.session.peer.pid, nbytes, proof_s, reply,
+        )  # fmt: skip
+        self._control.answer(adoption.session, reply)
+        self._tell_ready()
+
+    def _on_not_taken(self, adoption: Adoption, refused: Refused | None) -> None:
+        reply = self._service.offers.failed(adoption, refused)
+        logger.warning(
+            "store offered, not taken digest=%s pid=%d answer=%s",
+            adoption.store.digest[:12], adoption.session.peer.pid, reply,
+        )  # fmt: skip
+        self._control.answer(adoption.session, reply)
 
     def _post_failure(self, store: HeldStore, code: Code, detail: str) -> None:
         self._control.post(lambda: self._on_failed(store, code, detail))

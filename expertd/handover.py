@@ -35,12 +35,13 @@ _STOP_WITHIN_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class TakenStore:
-    """A store that the daemon before had; `loaded` is None where it was still loading, or has slots."""
+    """A store that the daemon before had; `loaded` is None where it was still loading, has slots, or was unloaded."""
 
     path: Path
     digest: str
     loaded: LoadedStore | None
     wish: MemoryWish = ALL_THERE_IS
+    is_unloaded: bool = False
 
 
 def take_over(directory: RuntimeDir, *, n_threads: int) -> list[TakenStore]:
@@ -85,6 +86,8 @@ def _take_stores(directory: RuntimeDir, stores: Sequence[StoreStatus], n_threads
                 taken.append(TakenStore(Path(store.path), store.digest, loaded, wish))
             elif store.state is StoreState.LOADING:
                 taken.append(TakenStore(Path(store.path), store.digest, None, wish))
+            elif store.state is StoreState.ORPHANED:
+                taken.append(TakenStore(Path(store.path), store.digest, None, is_unloaded=True))
     except BaseException:
         _close(taken)
         raise

@@ -13,6 +13,7 @@ from pathlib import Path
 from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.host_slots import SessionFigures
 from expertd.loader import LoadedStore
+from expertd.offers import Adoption, Offers
 from expertd.sessions import Session, SessionTable
 from expertd.store import path_problem
 from expertd.stores import HeldStore, StoreTable
@@ -53,6 +54,7 @@ class Outcome:
     reply: Message | None
     fds: tuple[int, ...] = ()
     load: HeldStore | None = None
+    adoption: Adoption | None = None
     must_drop: bool = False
     must_stop: bool = False
 
@@ -78,6 +80,7 @@ class Service:
         self._busy_at = now
         self._sessions = SessionTable()
         self._stores = StoreTable()
+        self.offers = Offers(self._stores, self._sessions)
         self._n_bad_messages = 0
         self._is_draining = False
         self._wake_requests = wake_requests
@@ -154,6 +157,20 @@ class Service:
                 return Outcome(m.Stopping(), must_stop=True)
         return self.note_bad_message(session, f"{type(message).__name__} is not for the control channel")
 
+    def offer(self, session: Session, message: m.Offer, fds: list[int], now: float) -> Outcome:
+        """Return what to do about an offer; unless there is an adoption, the descriptors stay the caller's."""
+        if session.token is None:
+            return self.note_bad_message(session, "Offer came before Hello")
+        if self._is_draining:
+            return Outcome(Refused(Code.DRAINING, "expertd is stopping"))
+        if not _names_a_store(message.path, message.digest):
+            return Outcome(Refused(Code.BAD_MESSAGE, "an absolute path and a digest are expected"))
+        decided = self.offers.offer(session, message, fds)
+        if isinstance(decided, Refused):
+            return Outcome(decided)
+        self._busy_at = now
+        return Outcome(None, adoption=decided)
+
     def status(self, now: float) -> m.Status:
         """Return what the daemon holds and for whom."""
         memory = self._memory()
@@ -183,7 +200,9 @@ class Service:
 
     def begin_load(self, path: Path, digest: str, wish: MemoryWish = ALL_THERE_IS) -> HeldStore:
         """Return a store that is now to be loaded."""
-        return self._stores.begin(digest, path, wish)
+        store = self._stores.begin(digest, path, wish)
+        store.is_read = True
+        return store
 
     def hold(self, path: Path, loaded: LoadedStore) -> None:
         """Make a store available that another process loaded."""
@@ -192,6 +211,10 @@ class Service:
     def held_stores(self) -> list[HeldStore]:
         """Return every store, in whatever state."""
         return self._stores.all()
+
+    def attached_pids(self) -> set[int]:
+        """Return the processes that are attached to a store of this daemon."""
+        return {session.peer.pid for session in self._sessions if session.store is not None}
 
     def store_loaded(self, store: HeldStore, loaded: LoadedStore, now: float) -> None:
         """Make a loaded store available."""
@@ -278,9 +301,13 @@ class Service:
         path, digest = wanted.path, wanted.digest
         if self._is_draining:
             return Outcome(Refused(Code.DRAINING, "expertd is stopping"))
-        if not _DIGEST.fullmatch(digest) or not Path(path).is_absolute() or path_problem(path):
+        if not _names_a_store(path, digest):
             return Outcome(Refused(Code.BAD_MESSAGE, "an absolute path and a digest are expected"))
         store = self._stores.find(digest)
+        self.offers.welcome(digest)
+        if store is not None and store.state is StoreState.LOADING and not store.is_read:
+            store.is_read = True  # it is being proven, which may fail
+            return Outcome(self._store_status(store), load=store)
         if store is not None and store.state in (StoreState.LOADING, StoreState.READY):
             return Outcome(self._store_status(store))
         if store is None and len(self._stores) >= STORES_MAX:
@@ -293,7 +320,10 @@ class Service:
         store = self._stores.find(digest)
         if store is None:
             return Outcome(Refused(Code.UNKNOWN_STORE, f"no store with digest {digest[:12]} is loaded"))
-        self._stores.unload(store, is_mapped=bool(self._sessions.attached_to(store)))
+        is_mapped = bool(self._sessions.attached_to(store))
+        self._stores.unload(store, is_mapped=is_mapped)
+        if is_mapped:
+            self.offers.refuse(digest)
         return Outcome(m.Unloaded(digest))
 
     def _store_status(self, store: HeldStore) -> m.StoreStatus:
@@ -357,6 +387,10 @@ class Service:
         orphaned = [s for s in self._sessions if s.store is not None and s.store.state is StoreState.ORPHANED]
         pids = [str(session.peer.pid) for session in orphaned]
         return f"; runners that still map an unloaded store: pid {', '.join(pids)}" if pids else ""
+
+
+def _names_a_store(path: str, digest: str) -> bool:
+    return _DIGEST.fullmatch(digest) is not None and Path(path).is_absolute() and not path_problem(path)
 
 
 def _clipped(text: str, length_max: int) -> str:

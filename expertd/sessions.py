@@ -44,6 +44,10 @@ class SessionTable:
         self._by_id[session.session_id] = session
         return session
 
+    def is_open(self, session: Session) -> bool:
+        """Whether that session still goes on."""
+        return self._by_id.get(session.session_id) is session
+
     def welcome(self, session: Session, token: bytes, library_version: str) -> None:
         """Give a session its token."""
         session.token = token

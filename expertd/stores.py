@@ -24,6 +24,8 @@ class HeldStore:
     progress: LoadProgress = field(default_factory=LoadProgress)
     loaded: LoadedStore | None = None
     error: Refused | None = None
+    is_read: bool = False  # a load from disk is wished for, or under way
+    is_proven: bool = False  # what somebody offered is being checked
 
     @property
     def nbytes(self) -> int:
@@ -89,8 +91,8 @@ class StoreTable:
         return store
 
     def finish(self, store: HeldStore, loaded: LoadedStore) -> None:
-        """Make a loaded store available; one that was unloaded meanwhile is let go."""
-        if self._by_digest.get(store.digest) is not store:
+        """Make a loaded store available; one that was unloaded meanwhile, or is ready by another way, is let go."""
+        if self._by_digest.get(store.digest) is not store or store.state is not StoreState.LOADING:
             loaded.close()
             if loaded.tiered:
                 loaded.tiered.stop()
@@ -99,9 +101,16 @@ class StoreTable:
         store.state = StoreState.READY
 
     def fail(self, store: HeldStore, error: Refused) -> None:
-        """Note why a store could not be loaded."""
+        """Note why a store could not be loaded, unless it is ready by another way."""
+        if store.state is not StoreState.LOADING:
+            return
         store.state = StoreState.FAILED
         store.error = error
+
+    def forget(self, store: HeldStore) -> None:
+        """Drop a store that never came to be."""
+        if self._by_digest.get(store.digest) is store:
+            del self._by_digest[store.digest]
 
     def unload(self, store: HeldStore, *, is_mapped: bool) -> None:
         """Let a held store go; while a runner maps it, it is an orphan."""

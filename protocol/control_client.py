@@ -5,15 +5,24 @@ than a file: whose process it is, every length and every answer is checked here.
 """
 
 import os
+import select
 import socket
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TypeVar
 
 from protocol import fdpass
 from protocol.codec import decode, encode
-from protocol.errors import DaemonUnavailable, MalformedMessage, RequestRefused, RuntimeDirError, VersionMismatch
+from protocol.errors import (
+    DaemonSilent,
+    DaemonUnavailable,
+    MalformedMessage,
+    RequestRefused,
+    RuntimeDirError,
+    VersionMismatch,
+)
 from protocol.fault_points import FaultPoint, reached
-from protocol.messages import Attach, Attached, Code, Draining, Hello, Message, Refused, Welcome
+from protocol.messages import Attach, Attached, Code, Draining, Hello, Message, Offer, Refused, Welcome
 from protocol.runtime_dir import RuntimeDir, check_runtime_dir
 from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
 from protocol.version import HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION, LOWEST_PROTOCOL_VERSION
@@ -90,6 +99,26 @@ class ControlClient:
         reached(FaultPoint.CLIENT_FDS_RECEIVED)
         return fds
 
+    def offer(self, offer: Offer, fds: Sequence[int]) -> None:
+        """Send an offer with its descriptors, which stay the caller's; raise DaemonUnavailable.
+
+        The answer may take long: `is_answered`, then `offer_answer`.
+        """
+        try:
+            fdpass.send_packet(self._sock, encode(offer), fds)
+        except OSError as error:
+            raise _unavailable(error) from None
+
+    def is_answered(self) -> bool:
+        """Whether there is something to be received, if only the end."""
+        return bool(select.select([self._sock], [], [], 0.0)[0])
+
+    def offer_answer(self) -> None:
+        """Return if the offer was taken: the session is attached; raise RequestRefused or DaemonUnavailable."""
+        reply, fds = self._receive()
+        fdpass.close_all(fds)
+        _expect(reply, Attached)
+
     def _say_hello(self) -> Welcome:
         self._send(Hello(LOWEST_PROTOCOL_VERSION, HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION))
         reached(FaultPoint.CLIENT_HELLO_SENT)
@@ -160,7 +189,7 @@ def _expect(reply: Message, answer: type[_Answer]) -> _Answer:
 
 def _unavailable(error: OSError) -> DaemonUnavailable:
     if isinstance(error, socket.timeout):
-        return DaemonUnavailable("expertd did not answer in time")
+        return DaemonSilent("expertd did not answer in time")
     if isinstance(error, ConnectionResetError):  # it went with something of ours unread
         return DaemonUnavailable(_GONE)
     return DaemonUnavailable(f"the connection to expertd broke ({error.strerror or error})")

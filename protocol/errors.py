@@ -13,6 +13,7 @@ ProtocolError
 ├── OutOfMemory         memory for a segment could not be had
 ├── RuntimeDirError     the directory of the sockets is not safely ours
 ├── DaemonUnavailable   nobody answers on the control socket
+│   └── DaemonSilent    somebody listens there, and does not answer
 ├── FaultPointUnknown   an order for a fault point that names none
 └── RequestRefused      the daemon's answer to a request it will not carry out
 """
@@ -68,6 +69,10 @@ class RuntimeDirError(ProtocolError):
 
 class DaemonUnavailable(ProtocolError):
     """Nobody answers on the control socket."""
+
+
+class DaemonSilent(DaemonUnavailable):
+    """Somebody listens at the control socket, and does not answer in time."""
 
 
 class FaultPointUnknown(ProtocolError):

@@ -20,6 +20,8 @@ class Code(StrEnum):
     UNKNOWN_EXPERT = "unknown_expert"
     STORE_LOADING = "store_loading"
     STORE_INVALID = "store_invalid"
+    STORE_HELD = "store_held"
+    STORE_CHANGED = "store_changed"
     STORE_IS_RESIDENT = "store_is_resident"
     CORRUPT = "corrupt"
     READ_FAILED = "read_failed"
@@ -71,6 +73,19 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """Give a daemon the segments of a store that an earlier one had: catalogue and sealed segments follow, in order.
+
+    `memory_nbytes` is that of `Load`, for a store with slots, which are not offered: they are made anew.
+    """
+
+    path: str
+    digest: str
+    memory_nbytes: int | None
+    n_fds: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unload:
     """Ask the daemon to let a store go; its memory is freed when the last runner that maps it ends."""
 
@@ -102,7 +117,10 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """The store's file descriptors follow: the catalogue's segment, then the data segments in order."""
+    """The store's file descriptors follow: the catalogue's segment, then the data segments in order.
+
+    After an `Offer` none do: the store is served from the memory that was offered.
+    """
 
     digest: str
     n_fds: int
@@ -283,7 +301,7 @@ class RequestRefusal:
 
 
 Message = (
-    Hello | Attach | Load | Unload | GetStatus | Stop
+    Hello | Attach | Load | Offer | Unload | GetStatus | Stop
     | Welcome | Attached | Status | Unloaded | Stopping | Draining | Refused | StoreStatus
     | Prefetch | Acquire | Release | GetStats
     | Granted | Stats | RequestRefusal

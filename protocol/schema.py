@@ -19,6 +19,7 @@ STORES_MAX = 16
 CORRUPT_KEYS_MAX = 16
 PINNED_KEYS_MAX = 4096
 REFUSALS_MAX = 64
+OFFERED_FDS_MAX = 1024
 
 _U16 = (1 << 16) - 1
 _U32 = (1 << 32) - 1
@@ -179,6 +180,7 @@ SCHEMA: tuple[MessageSpec, ...] = (
     MessageSpec(4, *_CONTROL_CLIENT, Struct(m.Unload, (_DIGEST,))),
     MessageSpec(5, *_CONTROL_CLIENT, Struct(m.GetStatus, ())),
     MessageSpec(6, *_CONTROL_CLIENT, Struct(m.Stop, ())),
+    MessageSpec(7, *_CONTROL_CLIENT, Struct(m.Offer, (_PATH, _DIGEST, Maybe(_NBYTES), Count(OFFERED_FDS_MAX)))),
     MessageSpec(17, *_CONTROL_DAEMON, Struct(m.Welcome, (Count(_U16), _VERSION_TEXT, _PID, Blob(TOKEN_NBYTES)))),
     MessageSpec(18, *_CONTROL_DAEMON, Struct(m.Attached, (_DIGEST, Count(_U16)))),
     MessageSpec(19, *_CONTROL_DAEMON, _STORE_STATUS),

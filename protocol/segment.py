@@ -181,6 +181,16 @@ def map_segment(fd: int, nbytes: int, kind: SegmentKind = SegmentKind.SEALED) ->
     return memoryview(buffer).cast("B")
 
 
+def replace_mapping(view: memoryview, fd: int) -> None:
+    """Put another sealed segment of the same content under a mapped one, in place; raise SegmentError.
+
+    Whoever reads meanwhile reads either, at the same address. The memory of the first one is let go.
+    """
+    check_segment(fd, len(view))
+    address = ctypes.addressof((ctypes.c_ubyte * len(view)).from_buffer(view))
+    _mmap(address, len(view), _PROT_READ, _MAP_SHARED | _MAP_FIXED, fd)
+
+
 def check_segment(fd: int, nbytes: int, kind: SegmentKind = SegmentKind.SEALED) -> None:
     """Raise SegmentError unless the descriptor is a segment of exactly that size, sealed as its kind is."""
     try:

@@ -1,7 +1,7 @@
 """The runner's session with expertd: attach to a store, start the daemon if none runs. Blocks its caller.
 
-The open control connection is the session, so it is kept for as long as the store is. Everything else is mapped
-memory: once attached, a resident store costs no message, and it stays readable if the daemon dies.
+The open control connection is the session, so it is kept for as long as the store is (`reattach.py`). Everything else
+is mapped memory: once attached, a resident store costs no message, and it stays readable if the daemon dies.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from protocol.segment import map_segment, segment_nbytes
 from runner.config import RunnerConfig, my_runtime_dir
 from runner.errors import CorruptExpert, StoreChanged, StoreInvalid, StoreUnavailable
 from runner.host_slots import AttachedSlots
+from runner.reattach import Identity, Session
 
 _ATTEMPTS_MAX = 3
 # What `expertd start STORE` mends, or says anew: what failed to load earlier may load now.
@@ -48,7 +49,6 @@ class AttachedStore:
         start = time.perf_counter()
         self.path = path
         self.started_daemon = started_daemon
-        self._client = client
         fds = client.attach(digest)
         try:
             if not fds:
@@ -62,10 +62,13 @@ class AttachedStore:
                 map_segment(fd, nbytes, self._catalogue.kind(segment))
                 for segment, (fd, nbytes) in enumerate(zip(fds[1:], sizes, strict=True))
             ]
+            n_sealed = len(sizes) if self._catalogue.slots is None else self._catalogue.slots.first_segment
+            identity = Identity(my_runtime_dir(), path, digest)
+            self._session = Session(identity, client, fds[: 1 + n_sealed], self._views[:n_sealed])
         finally:
             close_all(fds)
         reached(FaultPoint.RUNNER_ATTACHED)
-        self._slots = self._open_slots()
+        self._slots = self._open_slots(client)
         self.shared_nbytes = sum(sizes)
         self.attach_s = time.perf_counter() - start
 
@@ -111,21 +114,26 @@ class AttachedStore:
                 return data
         return None
 
+    def tend(self, now: float) -> None:
+        """Look after the session, between steps: attach again where the daemon was replaced. Raise StoreChanged."""
+        if self._slots is None:
+            self._session.tend(now)
+
     def close(self) -> None:
         """End the session; calling it again does nothing."""
         if self._slots is not None:
             self._slots.close()
-        self._client.close()
+        self._session.close()
         self._views = []
 
-    def _open_slots(self) -> AttachedSlots | None:
+    def _open_slots(self, client: ControlClient) -> AttachedSlots | None:
         area = self._catalogue.slots
         if area is None:
             return None
         keys = self.manifest.experts.keys() - self._catalogue.experts.keys()
         from runner.requests import Requests  # ZeroMQ takes a moment to import, which a resident store does not need
 
-        return AttachedSlots(area, self._views, keys, Requests(my_runtime_dir(), self._client))
+        return AttachedSlots(area, self._views, keys, Requests(my_runtime_dir(), client))
 
 
 def attach(path: Path, config: RunnerConfig) -> AttachedStore:

@@ -95,13 +95,13 @@ def open_configured(store_dir: Path, settings: RunnerConfig, cache_plan: CachePl
     with ExitStack() as guard:
         attachment = guard.enter_context(ExitStack())
         store = attachment.enter_context(attach(store_dir, settings))
-        engine = Engine(store, settings, attachment, cache_plan)
+        engine = Engine(store, settings, attachment, cache_plan, tend=store.tend)
         guard.pop_all()
     return engine
 
 
 class Engine:
-    """A model over an attached store. `attachment` is closed with the engine."""
+    """A model over an attached store. `attachment` is closed with the engine, `tend` told the time before each step."""
 
     def __init__(
         self,
@@ -109,9 +109,12 @@ class Engine:
         settings: RunnerConfig,
         attachment: ExitStack | None = None,
         cache_plan: CachePlan | None = None,
+        *,
+        tend: Callable[[float], None] = lambda _now: None,
     ) -> None:
         device = choose_device(settings.device)
         self.settings = settings
+        self._tend = tend
         self.n_threads = set_threads(settings.threads)
         self._store: StoreView | None = store
         started = monotonic()
@@ -305,6 +308,7 @@ class Engine:
     def _forward(self, pieces: list[Piece], n_wanted: list[int]) -> tuple[Tensor, ...]:
         """Compute the pieces; return the logits behind the last n_wanted tokens of each."""
         model = self._opened_model()
+        self._tend(monotonic())
         wanted: list[int] = []
         end = 0
         for piece, n in zip(pieces, n_wanted, strict=True):

@@ -21,6 +21,7 @@ EXAMPLES: tuple[Message, ...] = (
     m.Unload(_DIGEST),
     m.GetStatus(),
     m.Stop(),
+    m.Offer("/models/demo", _DIGEST, None, 27),
     m.Welcome(2, "0.1.0", 4242, bytes(range(16))),
     m.Attached(_DIGEST, 3),
     _STORE,
