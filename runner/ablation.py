@@ -35,7 +35,7 @@ from runner.traces.forced import ForcedRouting
 from runner.traces.record import Trace, TraceShape
 
 # Decoded before anything is counted: the cache is warm then, and prefetching has been decided on.
-_N_WARM_UP = 48
+_N_WARM_UP = 64
 
 NO_SLOTS = ConfigInvalid("--device: one with slots is expected, as in link:12GB/s; on the CPU nothing is copied")
 

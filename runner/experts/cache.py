@@ -135,6 +135,7 @@ class CachedExperts:
         # A call that was left by an exception has pins that no event answers for.
         self._is_in_call = False
         self._step_began_s = 0.0
+        self._step_began_misses = 0
         self._engine.start()
 
     def __enter__(self) -> Self:
@@ -160,7 +161,7 @@ class CachedExperts:
         """
         n_tokens = expert_ids.shape[0]
         if layer == 0:
-            self._step_began_s = self._clock()
+            self._step_began_s, self._step_began_misses = self._clock(), self._tally.misses
         groups = by_last_token(expert_ids)
         self._begin(layer, groups)
         call = ExpertCall(layer, hidden_states, expert_ids, weights, self._new_out(n_tokens, hidden_states))
@@ -176,7 +177,7 @@ class CachedExperts:
         self._is_in_call = False
         result = self._finished(call.out, wanted) if self._settings.waits else call.out
         if layer == self._n_layers - 1 and self._guard is not None and n_tokens <= DECODE_TOKENS_MAX:
-            self._guard.observe(self._clock() - self._step_began_s, n_tokens)
+            self._observe(self._guard, n_tokens)
         return result
 
     def prefetch(self, layer: int, guess: Guess) -> None:
@@ -360,6 +361,10 @@ class CachedExperts:
             self._tally.waited_s += waited_s
         with self._device.host_read(self._outputs[0]):
             return out.clone()
+
+    def _observe(self, guard: Guard, n_tokens: int) -> None:
+        n_misses = self._tally.misses - self._step_began_misses
+        guard.observe(self._clock() - self._step_began_s, n_tokens, n_misses)
 
     def _new_out(self, n_tokens: int, hidden_states: Tensor) -> Tensor:
         """Return memory for the output: of the host's buffer where the cache waits for it, else new, on the device."""

@@ -37,10 +37,10 @@ def test_noise_does_not_switch_it_on_where_it_wins_less_than_the_noise() -> None
 
 
 def test_a_small_win_is_enough_to_stay_on_and_not_enough_to_be_switched_on() -> None:
-    small_win = [simulate(Guard(), 5_000, lambda _, is_on: 0.98 if is_on else 1.0)]
+    small_win = [simulate(Guard(), 5_000, lambda _, is_on: 0.99 if is_on else 1.0)]
     guard = Guard()
-    simulate(guard, 24, lambda _, is_on: 0.5 if is_on else 1.0)
-    small_win.append(simulate(guard, 5_000, lambda _, is_on: 0.98 if is_on else 1.0))
+    simulate(guard, 48, lambda _, is_on: 0.5 if is_on else 1.0)
+    small_win.append(simulate(guard, 5_000, lambda _, is_on: 0.99 if is_on else 1.0))
 
     assert [sum(was_on) > 2_500 for was_on in small_win] == [False, True]
 
@@ -74,3 +74,25 @@ def test_steps_of_another_number_of_tokens_are_not_compared() -> None:
     # The first of them ends the trial that was under way; the next eight are a trial of their own, which nothing wins.
     assert was_on[1:9] == [True, False] * 4
     assert not any(was_on[9:])
+
+
+def test_a_small_win_is_seen_among_steps_that_miss_more_or_fewer_experts() -> None:
+    # A miss takes a tenth of a step; from step to step there are 0 to 19 of them, in no order.
+    guard, was_on = Guard(), []
+    for step in range(5_000):
+        n_misses = step * 7919 % 20
+        was_on.append(guard.is_on)
+        guard.observe((0.9 if guard.is_on else 1.0) + 0.1 * n_misses, n_tokens=1, n_misses=n_misses)
+
+    assert sum(was_on) / len(was_on) > 0.9
+
+
+def test_misses_alone_do_not_look_like_a_win() -> None:
+    # Every other step misses more: by turns those with and without prefetching, trial by trial.
+    guard, was_on = Guard(n_trial=24, n_between=25), []
+    for step in range(5_000):
+        n_misses = 3 * (step % 2) + step % 3
+        was_on.append(guard.is_on)
+        guard.observe(1.0 + 0.1 * n_misses, n_tokens=1, n_misses=n_misses)
+
+    assert sum(was_on) / len(was_on) < 0.1
