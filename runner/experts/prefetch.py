@@ -3,9 +3,9 @@
 A trial computes steps by turns with and without prefetching; as the cache holds the same experts either way, they
 differ in nothing else but how many of their experts are missing, which is most of the difference between two steps
 where copies are slow. So what a miss more takes is measured too, and taken off. The medians of what is left decide, and
-what was decided stands until the next trial. Not to prefetch costs what
-it would have won, so trials are rare and short: as long as it pays, one step in thirty-five goes without; as long as it does
-not pay, the time between two trials doubles, so that what they cost becomes as small as one likes.
+what was decided stands until the next trial. Not to prefetch costs what it would have won, so trials are rare and
+short: as long as it pays, one step in thirty-five goes without; as long as it does not pay, the time between two trials
+doubles, so that what they cost becomes as small as one likes.
 
 To be switched on, prefetching has to win more than it is enough to win to stay on: noise does not switch it to and fro.
 """
