@@ -60,6 +60,7 @@ _PATH = click.Path(path_type=Path)
 @click.command()
 @click.argument("names", type=click.Choice(["all", *_NAMES]), nargs=-1)
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True, help="How often all is measured.")
+@click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help="Of a program, in one round.")
 @click.option("--threads", type=click.IntRange(1, 64), default=2, show_default=True, help="The most threads, of both.")
 @click.option("--scheme", "schemes", type=click.Choice(_SCHEMES), multiple=True, help="Only these; all if not given.")
 @click.option(
@@ -68,7 +69,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--text", type=_PATH, help="A text in UTF-8 for perplexity, which is left out without it.")
 @click.option("--llama-bench", type=_PATH, help="llama.cpp's program; the one on PATH if not given.")
 @click.option("--prototype", type=_PATH, help="Another implementation's C file, for kernels; left out without it.")
-@click.option("--kernels", multiple=True, help="Sets of kernels for `kernels`, as vnni or avx2; else the fastest.")
+@click.option("--kernels", multiple=True, help="Of ours for `kernels` and `layers`, as vnni or avx2; else the fastest.")
 @click.option("--demo-checkpoint", type=_PATH, help="The demo's checkpoint, if there is one; built if not given.")
 @click.option("--demo-source", type=_PATH, help="The GGUF that it is built from; downloaded (93 MB) if not given.")
 @click.option("--checkpoint", type=_PATH, help="Any Mixtral checkpoint, for quality.")
@@ -78,6 +79,7 @@ def cli(
     names: tuple[str, ...],
     *,
     rounds: int,
+    runs: int,
     threads: int,
     schemes: tuple[str, ...],
     kernels: tuple[str, ...],
@@ -99,7 +101,7 @@ def cli(
     if out is not None and not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: {out.absolute().parent} is no folder")
     try:
-        settings = replace(_settings(rounds, threads, schemes, kernels, paths), tokens=tokens)
+        settings = replace(_settings(rounds, threads, schemes, kernels, paths), tokens=tokens, runs=runs)
     except BenchmarkError as error:
         _complain(error)
         sys.exit(1)

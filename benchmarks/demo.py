@@ -33,7 +33,7 @@ def measure_demo(environment: Environment, settings: Settings) -> list[Figure]:
     if settings.store is None or settings.llama_bench is None:
         raise NothingToMeasure("demo: the demo's store and llama-bench are needed")
     models = demo_ggufs(settings)
-    plan = SpeedPlan(threads=settings.threads)
+    plan = SpeedPlan(threads=settings.threads, runs=settings.runs)
     bench = LlamaBench(settings.llama_bench)
     ours: list[Speed] = []
     theirs: dict[str, list[Speed]] = {}

@@ -21,7 +21,7 @@ SCHEMES = ("2bit-g16", "3bit-g64")
 
 def measure_full(environment: Environment, settings: Settings) -> list[Figure]:
     """Return the speeds of every scheme's whole store, the swapping, and the ratio to llama.cpp's extrapolated time."""
-    plan = SpeedPlan(threads=settings.threads)
+    plan = SpeedPlan(threads=settings.threads, runs=settings.runs)
     schemes = [scheme for scheme in SCHEMES if scheme in settings.schemes]
     return [figure for scheme in schemes for figure in _measure_scheme(environment, settings, scheme, plan)]
 

@@ -67,16 +67,16 @@ class LayerTimes:
 
 def measure_layers(environment: Environment, settings: Settings) -> list[Figure]:
     """Return milliseconds a layer in decode and prefill for every scheme, theirs and the ratios if there is a peer."""
-    plan = SpeedPlan(threads=settings.threads)
+    plan = SpeedPlan(threads=settings.threads, runs=settings.runs)
     return [figure for scheme in settings.schemes for figure in _measure_scheme(environment, settings, scheme, plan)]
 
 
-def our_speed(environment: Environment, store: Path, plan: SpeedPlan) -> Speed:
-    """Return the speeds of one `runner bench` process on a store that a daemon holds."""
+def our_speed(environment: Environment, store: Path, plan: SpeedPlan, kernels: str | None = None) -> Speed:
+    """Return the speeds of one `runner bench` process on a store that a daemon holds, with those kernels of ours."""
     output = environment.runner(
         "bench", "--store", str(store), "--json", "--threads", str(plan.threads), "--runs", str(plan.runs),
         "--prompt-tokens", str(plan.prompt_tokens), "--context-tokens", str(plan.context_tokens),
-        "--decode-tokens", str(plan.decode_tokens),
+        "--decode-tokens", str(plan.decode_tokens), *(["--kernels", kernels] if kernels else []),
     )  # fmt: skip
     figures = json.loads(output)
     return Speed(figures["prefill_tokens_per_s"], figures["decode_tokens_per_s"])
@@ -113,19 +113,28 @@ def _measure_scheme(environment: Environment, settings: Settings, scheme: str, p
     stores = [synthetic_store(settings.folder, n_layers, scheme) for n_layers in (FEW, MANY)]
     program = settings.llama_bench
     peer = None if program is None else PeerLayers(program, settings.folder, scheme, plan)
-    ours = LayerTimes([], [])
+    ours: dict[str | None, LayerTimes] = {kernels: LayerTimes([], []) for kernels in settings.kernels or (None,)}
     with environment.daemon(stores[0]):
         environment.expertd("load", str(stores[1]))
         for _ in range(settings.rounds):
-            ours.add(*(TokenTimes.of(our_speed(environment, store, plan), plan) for store in stores))
+            for kernels, times in ours.items():
+                speeds = (our_speed(environment, store, plan, kernels) for store in stores)
+                times.add(*(TokenTimes.of(speed, plan) for speed in speeds))
             if peer is not None:
                 peer.measure()
-    yield from _figures(f"{scheme}: ours", plan, ours, ours)
+    for kernels, times in ours.items():
+        yield from _figures(f"{scheme}: {_name_of(kernels)}", plan, times, times)
     if peer is not None:
         decode, prefill = peer.fastest_decode(), peer.fastest_prefill()
         yield from _figures(f"{peer.type_name}: llama.cpp", plan, decode, prefill)
-        yield Figure(f"{scheme}: decode of a layer, ours / llama.cpp", "", ratios(ours.decode_s, decode.decode_s))
-        yield Figure(f"{scheme}: prefill of a layer, ours / llama.cpp", "", ratios(ours.prefill_s, prefill.prefill_s))
+        for kernels, times in ours.items():
+            of = f"of a layer, {_name_of(kernels)} / llama.cpp"
+            yield Figure(f"{scheme}: decode {of}", "", ratios(times.decode_s, decode.decode_s))
+            yield Figure(f"{scheme}: prefill {of}", "", ratios(times.prefill_s, prefill.prefill_s))
+
+
+def _name_of(kernels: str | None) -> str:
+    return "ours" if kernels is None else f"ours ({kernels})"
 
 
 def _figures(name: str, plan: SpeedPlan, decode: LayerTimes, prefill: LayerTimes) -> Iterator[Figure]:

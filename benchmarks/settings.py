@@ -10,6 +10,7 @@ class Settings:
 
     folder: Path  # the benchmarks' part of the user's cache
     rounds: int = 5
+    runs: int = 3  # of a program's own, in one round; their median counts
     threads: int = 2
     store: Path | None = None
     text: Path | None = None

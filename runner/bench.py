@@ -11,7 +11,7 @@ from time import perf_counter
 
 import torch
 
-from quant.library import has_c_library
+from quant.library import kernels_in_use
 from runner.engine import Engine
 from runner.experts.counters import Counters, counted_since
 from runner.metrics import Memory, read_memory
@@ -50,7 +50,7 @@ class Bench:
     outside_s: tuple[float, ...]  # of a decoded token: all but matrix products on the CPU, a sample a run
     n_threads: int
     is_exact: bool
-    has_c_kernels: bool
+    kernels: str | None  # of the C library; None without it
     memory: Memory
     expert_cache: Counters | None  # of all of it, the warming up too; None where experts are computed in place
 
@@ -69,7 +69,7 @@ def bench(engine: Engine, plan: BenchPlan) -> Bench:
         outside_s=outside_s,
         n_threads=engine.n_threads,
         is_exact=engine.settings.exact,
-        has_c_kernels=has_c_library(),
+        kernels=kernels_in_use(),
         memory=read_memory(),
         expert_cache=counted_since(counted_before, engine.counters),
     )

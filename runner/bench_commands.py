@@ -50,6 +50,7 @@ def bench() -> None:
 @click.option("--decode-tokens", type=_COUNT, default=32, show_default=True, help="Decode so many; 0: no decode.")
 @click.option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Measure so many times.")
 @click.option("--seed", "bench_seed", type=_SEED, default=0, help="Where tokens start.")
+@click.option("--kernels", metavar="NAME", help="Compute with vnni, avx2 or portable kernels; the fastest if not set.")
 def speed(
     store_dir: Path,
     *,
@@ -59,6 +60,7 @@ def speed(
     decode_tokens: int,
     runs: int,
     bench_seed: int,
+    kernels: str | None,
     **flags: object,
 ) -> None:
     """Measure prefill and decode in tokens per second, on random tokens; the store needs no tokenizer."""
@@ -67,10 +69,13 @@ def speed(
     settings = read_settings(flags)
 
     with opened(store_dir, settings) as (engine, _):
+        from quant.library import use_kernels
         from runner.bench import BenchPlan
         from runner.bench import bench as bench_of
         from runner.report import bench_figures, bench_lines
 
+        if kernels is not None:
+            use_kernels(kernels)
         measured = bench_of(engine, BenchPlan(prompt_tokens, context_tokens, decode_tokens, runs, bench_seed))
     if as_json:
         print_json(bench_figures(measured))

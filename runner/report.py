@@ -83,7 +83,7 @@ def bench_lines(bench: Bench) -> list[str]:
         behind = f"decode of {plan.decode_tokens} tokens behind {plan.context_tokens}"
         lines.append(f"{behind}: {_spread(bench.decode)}")
         lines.append(f"  of a token {median(bench.outside_s) * 1e3:.2f} ms outside of matrix products")
-    kernels = "C kernels" if bench.has_c_kernels else "no C kernels"
+    kernels = "no C kernels" if bench.kernels is None else f"{bench.kernels} kernels"
     lines.append(
         f"{bench.n_threads} threads, {kernels}{', exact' if bench.is_exact else ''} · "
         f"memory: private {memory.private_nbytes / _MB:.0f} MB, shared {memory.shared_nbytes / _MB:.0f} MB"
@@ -109,7 +109,7 @@ def bench_figures(bench: Bench) -> dict[str, object]:
     """Return measured speeds as one JSON object: what was asked, what was used, every sample."""
     return (
         asdict(bench.plan)
-        | {"threads": bench.n_threads, "exact": bench.is_exact, "has_c_kernels": bench.has_c_kernels}
+        | {"threads": bench.n_threads, "exact": bench.is_exact, "kernels": bench.kernels}
         | asdict(bench.memory)
         | _cache_figures(bench.expert_cache)
         | _speed_figures("prefill", bench.prefill)

@@ -100,6 +100,24 @@ def test_the_command_prints_one_json_object(synthetic: Path) -> None:
     assert figures["threads"] == 1
 
 
+@pytest.mark.skipif(not has_c_library(), reason="the C library was not built")
+def test_it_computes_with_the_kernels_that_are_named(synthetic: Path) -> None:
+    with start_runner("bench", synthetic, *ARGUMENTS, "--kernels", "portable", "--json") as process:
+        out, _ = process.communicate(timeout=TIMEOUT_S)
+
+    assert json.loads(out)["kernels"] == "portable"
+
+
+@pytest.mark.skipif(not has_c_library(), reason="the C library was not built")
+def test_kernels_that_are_not_there_are_one_line(synthetic: Path) -> None:
+    with start_runner("bench", synthetic, *ARGUMENTS, "--kernels", "abacus") as process:
+        _, err = process.communicate(timeout=TIMEOUT_S)
+
+    assert process.returncode == 1
+    assert err.startswith(b"runner: abacus: ")
+    assert err.count(b"\n") == 1
+
+
 def test_nothing_to_measure_is_a_wrong_command_line(synthetic: Path) -> None:
     with start_runner("bench", synthetic, "--prompt-tokens", "0", "--decode-tokens", "0") as process:
         _, err = process.communicate(timeout=TIMEOUT_S)

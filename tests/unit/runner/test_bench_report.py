@@ -12,7 +12,7 @@ BENCH = Bench(
     outside_s=(0.002, 0.0031, 0.004),
     n_threads=2,
     is_exact=False,
-    has_c_kernels=True,
+    kernels="avx2",
     memory=Memory(private_nbytes=190_000_000, shared_nbytes=445_000_000),
     expert_cache=None,
 )
@@ -24,11 +24,11 @@ def test_a_person_reads_medians_with_their_range_and_what_was_used() -> None:
     assert "prefill of 128 tokens: 90.00 tok/s (least 80.00, greatest 100.00, 3 runs)" in text
     assert "decode of 32 tokens behind 512: 5.00 tok/s (least 4.00, greatest 6.00, 3 runs)" in text
     assert "of a token 3.10 ms outside of matrix products" in text
-    assert "2 threads, C kernels · memory: private 190 MB, shared 445 MB" in text
+    assert "2 threads, avx2 kernels · memory: private 190 MB, shared 445 MB" in text
 
 
 def test_the_lines_say_what_makes_a_run_slower() -> None:
-    text = "\n".join(bench_lines(replace(BENCH, is_exact=True, has_c_kernels=False)))
+    text = "\n".join(bench_lines(replace(BENCH, is_exact=True, kernels=None)))
 
     assert "2 threads, no C kernels, exact" in text
 
@@ -40,7 +40,7 @@ def test_a_program_reads_every_sample_and_what_was_asked() -> None:
     assert figures["decode_outside_products_s"] == 0.0031
     assert figures["decode_tokens_per_s_samples"] == [4.0, 6.0, 5.0]
     assert (figures["context_tokens"], figures["runs"], figures["seed"]) == (512, 3, 7)
-    assert (figures["threads"], figures["exact"], figures["has_c_kernels"]) == (2, False, True)
+    assert (figures["threads"], figures["exact"], figures["kernels"]) == (2, False, "avx2")
     assert figures["private_nbytes"] == 190_000_000
 
 
