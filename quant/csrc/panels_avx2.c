@@ -10,17 +10,10 @@
  *
  * Arrays below are registers: their lengths are constants wherever a function is inlined, and all loops unroll. */
 
-#include <immintrin.h>
-
 #include "exact.h"
-#include "half.h"
+#include "loads_avx2.h"
 
-#define UNROLL _Pragma("GCC unroll 16")
-
-enum {
-    STREAMS_MAX = 2,
-    VECTOR_NBYTES = 32,
-};
+enum { STREAMS_MAX = 2 };
 
 /* A panel that is being walked, and what its rows share. */
 struct stream {
@@ -34,25 +27,6 @@ struct place {
     int64_t metadata;
     int64_t codes;
 };
-
-INLINE __m256i load(const uint8_t *at) { return _mm256_loadu_si256((const __m256i *)at); }
-
-INLINE __m256i broadcast(const uint8_t *at) {
-    int32_t value;
-    memcpy(&value, at, sizeof value);
-    return _mm256_set1_epi32(value);
-}
-
-INLINE __m256 broadcast_float(const uint8_t *at) {
-    float value;
-    memcpy(&value, at, sizeof value);
-    return _mm256_set1_ps(value);
-}
-
-/* Eight u8 as floats. */
-INLINE __m256 load_u8(const uint8_t *at) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)));
-}
 
 INLINE __m256i shifted(__m256i codes, int bits) { return bits == 0 ? codes : _mm256_srli_epi16(codes, bits); }
 
@@ -240,23 +214,13 @@ INLINE struct stream stream_at(const struct plan *plan, int64_t panel) {
     };
 }
 
-/* The three values of each row of a panel that comes soon; planes are padded, so the panel behind the last one is at
- * worst another plane's. */
-INLINE void prefetch_rows(const struct plan *plan, int64_t panel) {
-    _mm_prefetch((const char *)(plan->scale_step + panel * PANEL_ROWS), _MM_HINT_T0);
-    _mm_prefetch((const char *)(plan->base_min + panel * PANEL_ROWS), _MM_HINT_T0);
-    _mm_prefetch((const char *)(plan->base_step + panel * PANEL_ROWS), _MM_HINT_T0);
-}
-
 /* How far ahead of what is computed each stream is prefetched: far enough that memory has answered, near enough that what
  * came is still in the first-level cache. Measured. Behind a panel the next one follows, so this never has to jump. */
 enum { NBYTES_AHEAD = 2048 };
 
-INLINE void prefetch_lines(int n_streams, const struct stream streams[], int64_t at, int64_t n_lines) {
+INLINE void prefetch_streams(int n_streams, const struct stream streams[], int64_t at, int64_t n_lines) {
     UNROLL for (int stream = 0; stream < n_streams; stream++) {
-        UNROLL for (int64_t line = 0; line < n_lines; line++) {
-            _mm_prefetch((const char *)streams[stream].stripes + at + 64 * line, _MM_HINT_T0);
-        }
+        prefetch_lines(streams[stream].stripes + at, n_lines);
     }
 }
 
@@ -277,12 +241,12 @@ INLINE void multiply_streams(int n_streams, int n_tokens, const struct plan *pla
     }
     const uint8_t *x = blocks;
     for (int64_t first = 0, stripe = 0; first < plan->n_blocks; first += blocks_per_stripe(nbits), stripe += stripe_nbytes(nbits)) {
-        prefetch_lines(n_streams, streams, stripe + NBYTES_AHEAD, 1); /* of metadata, elsewhere of codes */
+        prefetch_streams(n_streams, streams, stripe + NBYTES_AHEAD, 1); /* of metadata, elsewhere of codes */
         struct place place = {stripe, stripe + STRIPE_METADATA_NBYTES};
         int64_t n_blocks = plan->n_blocks - first;
         n_blocks = n_blocks < blocks_per_stripe(nbits) ? n_blocks : blocks_per_stripe(nbits);
         for (int64_t block = 0; block < n_blocks; block++) {
-            prefetch_lines(n_streams, streams, place.codes + NBYTES_AHEAD, block_nbytes(nbits) / 64);
+            prefetch_streams(n_streams, streams, place.codes + NBYTES_AHEAD, block_nbytes(nbits) / 64);
             if (nbits == 2) {
                 add_block_g16(n_streams, n_tokens, streams, place, x, sums);
                 UNROLL for (int token = 0; token < n_tokens; token++) {

@@ -11,13 +11,8 @@
  *
  * Arrays below are registers: their lengths are constants wherever a function is inlined, and all loops unroll. */
 
-#include <immintrin.h>
-
 #include "exact.h"
-
-#define UNROLL _Pragma("GCC unroll 16")
-
-enum { VECTOR_NBYTES = 32 };
+#include "loads_avx2.h"
 
 /* Measured on Zen 4: nearer, and the memory is waited for; further, and what came has left the first-level cache. */
 enum { NBYTES_AHEAD = 4096 };
@@ -28,25 +23,6 @@ struct rows {
     __m256 base_min;
     __m256 base_step;
 };
-
-INLINE __m256i load(const uint8_t *at) { return _mm256_loadu_si256((const __m256i *)at); }
-
-INLINE __m256i broadcast(const uint8_t *at) {
-    int32_t value;
-    memcpy(&value, at, sizeof value);
-    return _mm256_set1_epi32(value);
-}
-
-INLINE __m256 broadcast_float(const uint8_t *at) {
-    float value;
-    memcpy(&value, at, sizeof value);
-    return _mm256_set1_ps(value);
-}
-
-/* Eight u8 as floats. */
-INLINE __m256 load_u8(const uint8_t *at) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)at)));
-}
 
 INLINE __m256i masked(__m256i codes, int mask) { return _mm256_and_si256(codes, _mm256_set1_epi8((char)mask)); }
 
@@ -195,20 +171,6 @@ INLINE void add_block_g16(int n_tokens, const struct rows *rows, const uint8_t *
         __m256 dot = _mm256_fmadd_ps(rows->base_step, _mm256_cvtepi32_ps(based), _mm256_cvtepi32_ps(scaled_dots[token]));
         sums[token] = _mm256_fmadd_ps(dot, broadcast_float(x + scales_at(n_tokens) + 4 * token), sums[token]);
     }
-}
-
-INLINE void prefetch_lines(const uint8_t *at, int64_t n_lines) {
-    UNROLL for (int64_t line = 0; line < n_lines; line++) {
-        _mm_prefetch((const char *)at + 64 * line, _MM_HINT_T0);
-    }
-}
-
-/* The three values of each row of the next panel; planes are padded, so behind the last one lies at worst another
- * plane's. */
-INLINE void prefetch_rows(const struct plan *plan, int64_t panel) {
-    _mm_prefetch((const char *)(plan->scale_step + panel * PANEL_ROWS), _MM_HINT_T0);
-    _mm_prefetch((const char *)(plan->base_min + panel * PANEL_ROWS), _MM_HINT_T0);
-    _mm_prefetch((const char *)(plan->base_step + panel * PANEL_ROWS), _MM_HINT_T0);
 }
 
 INLINE struct rows rows_at(const struct plan *plan, int64_t panel) {
