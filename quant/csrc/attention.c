@@ -30,6 +30,7 @@ enum {
     STRETCH_TOKENS = 512,    /* the scores of a tile stay in the second-level cache */
     STRIDE = STRETCH_TOKENS + WIDTH_UNIT, /* no whole number of kB: a column of scores would share a set of the cache */
     CACHE_LINE_NBYTES = 64,
+    FETCHED_NBYTES = 8192,   /* at the beginning of a stretch; further on what adds the sums fetches ahead */
 };
 
 /* What the items of one call share. */
@@ -204,15 +205,26 @@ static void load_queries(const struct step *step, struct attention_tile *tile, i
     }
 }
 
+/* Have the processor fetch the beginning of what a stretch reads in place, at that place of the cache. */
+static void fetch(const struct step *step, const void *past, int64_t place, int64_t n_keys) {
+    const uint8_t *at = (const uint8_t *)past + place * element_nbytes(step->of);
+    int64_t nbytes = smaller_of(FETCHED_NBYTES, n_keys * step->of->head_dim * element_nbytes(step->of));
+    for (int64_t line = 0; line < nbytes; line += CACHE_LINE_NBYTES) {
+        __builtin_prefetch(at + line);
+    }
+}
+
 /* The keys and values of the stretch that the tile says. */
 static void attend_stretch(const struct step *step, struct attention_tile *tile, int64_t kv_head, float *floats) {
     const struct expertd_attention *of = step->of;
     int64_t first_place = block_place(of, kv_head, tile->stretch_position), n_keys = tile->stretch_tokens;
+    fetch(step, step->of->past_keys, first_place, n_keys);
     for (int64_t key = 0; key < n_keys; key += BLOCK_TOKENS) {
         struct attention_block keys = load_keys(step, tile, first_place + key * of->head_dim, floats);
         keys.first = key;
         score_keys(tile, &keys);
     }
+    fetch(step, step->of->past_values, first_place, n_keys);
     weigh_scores(tile);
     for (int64_t key = 0; key < n_keys; key += BLOCK_TOKENS) {
         int64_t n = smaller_of(n_keys - key, BLOCK_TOKENS);

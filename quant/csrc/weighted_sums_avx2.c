@@ -16,7 +16,7 @@
 
 enum {
     VECTORS_MAX = 4,
-    PREFETCH_NBYTES = 4096, /* ahead */
+    PREFETCH_NBYTES = 8192, /* ahead */
 };
 
 AVX2_INLINE __m256 load_vector(const void *vectors, int64_t place, bool is_fp16) {
