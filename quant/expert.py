@@ -93,6 +93,21 @@ class LayerExperts:
         self._choice = _CChoice(ctypes.addressof(self._addresses), n_experts, hidden_size=hidden_size)
         self._choice_address = ctypes.byref(self._choice)
 
+    @property
+    def address(self) -> int:
+        """Where the library finds the table of its experts, as long as this object lives."""
+        return ctypes.addressof(self._addresses)
+
+    @property
+    def n_experts(self) -> int:
+        """How many the layer has, put here or not."""
+        return len(self._experts)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether products are computed in float throughout."""
+        return self._exact
+
     def has(self, expert: int) -> bool:
         """Whether that expert was put here; the layer has to have such an expert at all."""
         return self._experts[expert] is not None

@@ -23,7 +23,7 @@ from quant.errors import (
 LIBRARY_FILE = "libexpertd_kernels.so"
 
 # Changes with the signatures or the meaning of anything the library exports.
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 
 OK = 0
 
@@ -34,7 +34,7 @@ _REASONS = {
     4: "an address is no multiple of what it points to",
     5: "the part has no such rows",
 }
-_MISSING_EXPERT, _BUSY, _FORKED, _NO_WORKSPACE, _NO_MEMORY = 6, 7, 8, 9, 10
+MISSING_EXPERT, _BUSY, _FORKED, _NO_WORKSPACE, _NO_MEMORY = 6, 7, 8, 9, 10
 
 
 def has_c_library() -> bool:
@@ -72,7 +72,7 @@ def check_status(status: int, what: str) -> None:
     """Raise the error that a status stands for, if it stands for one; `what` is what the call was about."""
     if status == OK:
         return
-    if status == _MISSING_EXPERT:
+    if status == MISSING_EXPERT:
         raise ExpertMissing(f"{what}: one was chosen that is not here")
     if status == _BUSY:
         raise WorkspaceBusy("this workspace computes in another thread; each thread needs a workspace of its own")

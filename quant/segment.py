@@ -50,7 +50,7 @@ class _CSegment(ctypes.Structure):
     )
 
 
-class _CStep(ctypes.Structure):
+class CStep(ctypes.Structure):
     """struct expertd_step of csrc/layer.h."""
 
     _fields_ = (
@@ -114,7 +114,7 @@ class Step:
                 )
         addresses = [attention.address for attention in attentions]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
-        self._c_step = _CStep(
+        self._c_step = CStep(
             n_tokens=n_tokens,
             hidden_states=hidden_states.data_ptr(),
             normed=self.normed.data_ptr(),
@@ -175,6 +175,16 @@ class AttentionSegment:
         )
         self._c_address = ctypes.byref(self._c_segment)
 
+    @property
+    def address(self) -> int:
+        """Where the library finds the segment, as long as this object lives."""
+        return ctypes.addressof(self._c_segment)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its products are computed in float throughout."""
+        return self.weights.q_proj.exact
+
     def __call__(self, step: Step) -> None:
         """Compute the segment: update hidden_states, and leave what the experts need in the step."""
         functions = _functions()
@@ -214,7 +224,7 @@ def _functions() -> ctypes.CDLL | None:
 @functools.cache
 def _typed(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.expertd_attention_segment.argtypes = (
-        ctypes.c_void_p, ctypes.POINTER(_CSegment), ctypes.POINTER(_CStep),
+        ctypes.c_void_p, ctypes.POINTER(_CSegment), ctypes.POINTER(CStep),
     )  # fmt: skip
     return loaded
 

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define EXPERTD_ABI_VERSION 5
+#define EXPERTD_ABI_VERSION 6
 #define EXPERTD_EXPORT __attribute__((visibility("default")))
 
 /* The ways a part is stored, protocol/schemes.py. */

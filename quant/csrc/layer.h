@@ -98,6 +98,21 @@ struct expertd_step {
 EXPERTD_EXPORT int expertd_attention_segment(struct expertd_workspace *workspace, const struct expertd_segment *segment,
                                              const struct expertd_step *step);
 
+/* A layer: what comes before its experts, and the table of these, NULL where one was not put there yet. */
+struct expertd_layer {
+    const struct expertd_segment *segment;
+    const struct expertd_expert *const *experts; /* [n_experts] */
+    int64_t n_experts;
+};
+
+/* Compute layers one after another, each as expertd_attention_segment and expertd_compute_experts do it. Behind each,
+ * `added` [n_tokens, hidden_size] is what its experts gave and the next one adds; the first one adds the step's.
+ * contributions is [n_tokens, top_k, hidden_size]. n_computed = how many were computed whole; with
+ * EXPERTD_MISSING_EXPERT the next one was computed up to its experts. */
+EXPERTD_EXPORT int expertd_compute_layers(struct expertd_workspace *workspace, const struct expertd_layer *layers,
+                                          int64_t n_layers, const struct expertd_step *step, float *contributions,
+                                          float *added, int64_t *n_computed);
+
 /* A later layer's norm and gate, which are asked ahead of time, and room for n_tokens_max tokens. */
 struct expertd_foresight {
     const float *norm; /* [hidden_size] */

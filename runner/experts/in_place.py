@@ -22,14 +22,15 @@ class InPlaceExperts:
     def __init__(self, store: StoreView, workspace: Workspace, *, exact: bool = False) -> None:
         self._store = store
         model = store.manifest.model
-        self._layers = [
+        # Each layer's, of those experts that were used so far.
+        self.layers = [
             LayerExperts(model.n_experts, model.hidden_size, workspace=workspace, exact=exact)
             for _ in range(model.n_layers)
         ]
 
     def forward(self, layer: int, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, fp32 [T, hidden]; raise CorruptExpert."""
-        experts = self._layers[layer]
+        experts = self.layers[layer]
         try:
             return experts.forward(hidden_states, expert_ids, weights)
         except ExpertMissing:  # at the first use of an expert; asking before each call would cost more than the call

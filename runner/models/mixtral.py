@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quant.layer import Attention, rms_norm
+from quant.layers import Layers
 from quant.segment import Step
 from quant.workspace import Workspace
 from runner.experts.source import ExpertSource, Guess
@@ -29,6 +30,10 @@ from runner.kv_cache import KVCache
 from runner.models.mixtral_config import MixtralConfig
 from runner.models.rotary import RotaryAngles
 from runner.weights import DenseWeights
+
+# A step of more tokens is computed layer by layer: what the interpreter takes is little beside it, and it can be
+# interrupted only between two calls.
+_AT_ONCE_TOKENS_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ class Mixtral:
     """One model over its weights. Holds no state between steps: that is the sequences'.
 
     Computes with the workspace's threads, in the one thread that calls it. `ahead` is asked between a layer's attention
-    and its experts; without it nothing is prefetched.
+    and its experts; without it nothing is prefetched. `layers` computes all layers in one call where nobody is to be
+    asked between them, those experts aside that are used for the first time.
     """
 
     def __init__(
@@ -77,11 +83,14 @@ class Mixtral:
         experts: ExpertSource,
         workspace: Workspace,
         ahead: Ahead | None = None,
+        *,
+        layers: Layers | None = None,
     ) -> None:
         self.config = config
         self._weights = weights
         self._experts = experts
         self._workspace = workspace
+        self._layers = layers
         self._angles = RotaryAngles(config.head_dim, config.rope_theta)
         self.ahead = ahead
         self.routing: Routing | None = None
@@ -104,22 +113,34 @@ class Mixtral:
         token_ids = torch.tensor([token_id for piece in pieces for token_id in piece.token_ids])
         attentions = self._place(pieces, len(token_ids))
         hidden_states = self._weights.embed_tokens.rows(token_ids)  # [T, H], this step's own
-        segments = self._weights.attention_segments
-        step = Step(hidden_states, attentions, like=segments[0])
-        for layer, attention_segment in enumerate(segments):
-            attention_segment(step)
-            if self.routing is not None:
-                self.routing.route(layer, step)
-            if self.ahead is not None:
-                for later, guess in self.ahead.guesses(layer, hidden_states):
-                    self._experts.prefetch(later, guess)
-            step.added = self._experts.forward(layer, step.normed, step.expert_ids, step.expert_weights)
-            if self.observer is not None:
-                self.observer.after_layer(layer, step)
+        step = Step(hidden_states, attentions, like=self._weights.attention_segments[0])
+        is_alone = self.routing is None and self.ahead is None and self.observer is None
+        if self._layers is not None and is_alone and len(token_ids) <= _AT_ONCE_TOKENS_MAX:
+            self._all_at_once(step, self._layers)
+        else:
+            self._layer_by_layer(step)
         logits = self._head(hidden_states, step.added, list(wanted))
         for piece in pieces:
             piece.kv_cache.advance(len(piece.token_ids))
         return logits
+
+    def _all_at_once(self, step: Step, layers: Layers) -> None:
+        layer = layers(step)
+        while layer < self.config.n_layers:
+            step.added = self._experts.forward(layer, step.normed, step.expert_ids, step.expert_weights)
+            layer = layers(step, layer + 1)
+
+    def _layer_by_layer(self, step: Step) -> None:
+        for layer, attention_segment in enumerate(self._weights.attention_segments):
+            attention_segment(step)
+            if self.routing is not None:
+                self.routing.route(layer, step)
+            if self.ahead is not None:
+                for later, guess in self.ahead.guesses(layer, step.hidden_states):
+                    self._experts.prefetch(later, guess)
+            step.added = self._experts.forward(layer, step.normed, step.expert_ids, step.expert_weights)
+            if self.observer is not None:
+                self.observer.after_layer(layer, step)
 
     def _place(self, pieces: Sequence[Piece], n_rows: int) -> list[Attention]:
         """Return each piece's attention: over its kv_cache, of its rows of the step."""

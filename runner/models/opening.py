@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from quant.layers import Layers
 from runner.devices import AUTO, CPU, is_gpu
 from runner.devices.link import LinkDevice
 from runner.devices.link_speed import LinkSpeed, parse_link
@@ -87,7 +88,8 @@ def open_model(computation: Computation, owned: ExitStack, plan: CachePlan | Non
     elif computation.device != CPU:
         return _on_link(computation, weights, owned, plan)
     experts = InPlaceExperts(store, workspace, exact=settings.exact)
-    return OpenedModel(Mixtral(computation.config, weights, experts, workspace), _on_host(computation))
+    layers = Layers(weights.attention_segments, experts.layers, workspace=workspace)
+    return OpenedModel(Mixtral(computation.config, weights, experts, workspace, layers=layers), _on_host(computation))
 
 
 def _on_gpu(computation: Computation, weights: DenseWeights, plan: CachePlan, owned: ExitStack) -> OpenedModel | None:
