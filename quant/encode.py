@@ -9,6 +9,8 @@ from quant.errors import BadWeights
 from quant.packing import pack
 from quant.solver import quantize
 
+_BF16_MAX = torch.finfo(torch.bfloat16).max
+
 
 def encode_part(
     weight: Tensor, part: Part, *, solver: str = "shortcut", refine: bool = True, n_threads: int = 1
@@ -35,6 +37,9 @@ def encode_part(
 
 def _encode_16bit(weight: Tensor, part: Part, dtype: torch.dtype) -> Tensor:
     stored = weight.to(dtype).contiguous()
+    if dtype == torch.bfloat16 and bool(weight.isfinite().all()):
+        # Float32 goes on by a little above the largest bf16, which is nearest to what lies there.
+        stored.clamp_(-_BF16_MAX, _BF16_MAX)
     if not bool(stored.isfinite().all()):
         raise BadWeights(f"{part.name}: a weight is not finite in {part.scheme}")
     return stored.view(torch.uint8).view(-1)

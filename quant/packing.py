@@ -4,8 +4,8 @@
 that what is allocated besides the result stays a few MB however large the matrix.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -54,6 +54,16 @@ def pack(matrix: QuantizedMatrix) -> Tensor:
         codes = interleave(_whole_panels(matrix.codes[strip]), matrix.scheme.nbits)
         panels[first:last, : plan.filled_nbytes] = _striped(metadata, codes, plan)
     return part_bytes
+
+
+def joined(strips: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """Return the matrix that those strips of rows are."""
+
+    def rows(plane: str) -> Tensor:
+        return torch.cat([getattr(strip, plane) for strip in strips])
+
+    names = (field.name for field in fields(QuantizedMatrix) if field.name != "scheme")
+    return QuantizedMatrix(strips[0].scheme, *map(rows, names))
 
 
 def unpack(part_bytes: Tensor, rows: int, cols: int, scheme: Scheme) -> QuantizedMatrix:

@@ -26,8 +26,13 @@ from quant.second_level import FloatGroups
 
 
 @torch.no_grad()
-def refine_groups(weight: Tensor, start: FloatGroups, scheme: Scheme, *, n_threads: int = 1) -> QuantizedMatrix:
-    """Return a weight [N, K] quantized with less error than HQQ's scales and zeros leave it, or with as much."""
+def refine_groups(
+    weight: Tensor, start: FloatGroups, scheme: Scheme, least_step: Tensor | None = None, *, n_threads: int = 1
+) -> QuantizedMatrix:
+    """Return a weight [N, K] quantized with less error than HQQ's scales and zeros leave it, or with as much.
+
+    `least_step` is quantize_groups'.
+    """
     if solver_kernels.has_kernels():
-        return solver_kernels.refine(weight, start, scheme, n_threads=n_threads)
-    return refinement_reference.refine(weight, start, scheme)
+        return solver_kernels.refine(weight, start, scheme, least_step, n_threads=n_threads)
+    return refinement_reference.refine(weight, start, scheme, least_step)

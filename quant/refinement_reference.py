@@ -21,21 +21,25 @@ _N_LAST_ROUNDS = 8
 _N_GRID_ROUNDS = 2
 _MANY_STARTS_NBITS = 4
 _NARROW = 1 / 16
+# What a row's step is so many times more than is nothing in that row: a group of it is not looked at more closely, or
+# the squares of its errors in a step would leave the range of floats.
+_NEGLIGIBLE = 2.0**-20
 _CODE_MAX = 255
 
 _STRIP_NELEMENTS = 1 << 18
 
 
-def refine(weight: Tensor, start: FloatGroups, scheme: Scheme) -> QuantizedMatrix:
+def refine(weight: Tensor, start: FloatGroups, scheme: Scheme, least_step: Tensor | None = None) -> QuantizedMatrix:
     """Return the matrix with the least error that is found from HQQ's scales and zeros on."""
     strip_rows = max(1, _STRIP_NELEMENTS // weight.shape[1])
     strips = [slice(first, first + strip_rows) for first in range(0, weight.shape[0], strip_rows)]
     fits = [_refined(_Groups.of(weight[rows], start.scale[rows], scheme), start, rows) for rows in strips]
     fitted = FittedGroups(*(torch.cat(planes) for planes in zip(*fits, strict=True)))
-    level = second_level(fitted)
+    level = second_level(fitted, least_step)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     for rows in strips:
-        codes[rows] = _put_on_grid(_Groups.of(weight[rows], fitted.scale[rows], scheme), fitted, level, rows)
+        groups = _Groups.of(weight[rows], fitted.scale[rows], scheme, level.scale_step[rows] * _NEGLIGIBLE)
+        codes[rows] = _put_on_grid(groups, fitted, level, rows)
     return QuantizedMatrix(
         scheme, codes, level.scale_codes, level.base_codes, level.scale_step, level.base_min, level.base_step
     )
@@ -54,13 +58,19 @@ class _Groups:
     is_empty: Tensor  # all zeros
 
     @classmethod
-    def of(cls, weight: Tensor, scale: Tensor, scheme: Scheme) -> Self:
-        """Return the groups of a weight [rows, K]; a scale of 0 says which are empty."""
+    def of(cls, weight: Tensor, scale: Tensor, scheme: Scheme, least_half: Tensor | None = None) -> Self:
+        """Return the groups of a weight [rows, K]; a scale of 0 says which are empty.
+
+        No half is less than the row's `least_half`, [rows].
+        """
         groups = weight.reshape(-1, group_size_of(scheme)).t().float()
         low, high = groups.aminmax(dim=0)
         half = (high - low) * 0.5
         is_narrow = high - low < torch.maximum(low.abs(), high.abs()) * _NARROW
-        middle, half = low + half, half.masked_fill(half == 0, 1)
+        middle = low + half
+        if least_half is not None:
+            half = torch.maximum(half.view(weight.shape[0], -1), least_half[:, None]).flatten()
+        half = half.masked_fill(half == 0, 1)
         x = (groups - middle) / half
         return cls(scheme, weight.shape[0], x, middle, half, is_narrow, scale.flatten() == 0)
 

@@ -50,18 +50,23 @@ class SecondLevel:
     base_step: Tensor  # f32 [N]
 
 
-def quantize_groups(groups: FloatGroups, scheme: Scheme) -> QuantizedMatrix:
-    """Return the matrix with 8-bit scales and bases; every field is finite where the groups are."""
+def quantize_groups(groups: FloatGroups, scheme: Scheme, least_step: Tensor | None = None) -> QuantizedMatrix:
+    """Return the matrix with 8-bit scales and bases; every field is finite where the groups are.
+
+    `least_step`, f32 [N], is what rows' steps are to be multiples of, but for rows where it is 0.
+    """
     mean_code = groups.codes.view(*groups.scale.shape, -1).sum(dim=2) / group_size_of(scheme)
-    level = second_level(FittedGroups(groups.scale, scheme.center - groups.zero, mean_code - scheme.center))
+    level = second_level(FittedGroups(groups.scale, scheme.center - groups.zero, mean_code - scheme.center), least_step)
     return QuantizedMatrix(
         scheme, groups.codes, level.scale_codes, level.base_codes, level.scale_step, level.base_min, level.base_step
     )
 
 
-def second_level(groups: FittedGroups) -> SecondLevel:
+def second_level(groups: FittedGroups, least_step: Tensor | None = None) -> SecondLevel:
     """Return the steps of the rows, and the codes nearest to the groups' scales and then to their bases."""
     scale_step = groups.scale.amax(dim=1) / _CODE_MAX  # [N]
+    if least_step is not None:
+        scale_step = torch.where(least_step > 0, (scale_step / least_step).ceil() * least_step, scale_step)
     scale_in_steps = groups.scale / _divisor(scale_step)  # [N, K/g]
     scale_codes = scale_in_steps.round().clamp_(0, _CODE_MAX)
     in_steps = scale_in_steps * (groups.mean_code + groups.base) - scale_codes * groups.mean_code

@@ -21,6 +21,9 @@ true range. A group that is constant, or nearly so (a range below 1/16 of its gr
 to contain 0: a constant is stored exactly up to rounding, and its zero stays near those of the row's other groups, with
 which it shares a step.
 
+A matrix with rows at the ends of float32's range (quant/row_exponents.py) is solved a strip of rows at a time: its mean
+error would be that of its largest rows alone, and to move all of it at once would take a copy.
+
 The loops are the C library's (csrc/hqq_loops.h), or without it torch's (solver_reference.py). Rows are shared among
 `n_threads`, which changes no bit. Blocks nobody; holds no state between calls.
 """
@@ -32,13 +35,18 @@ from protocol.layout import check_shape
 from protocol.schemes import Scheme
 from quant import solver_kernels, solver_reference
 from quant.errors import BadWeights, UnknownSolver
-from quant.packing import QuantizedMatrix
+from quant.packing import QuantizedMatrix, joined
 from quant.refinement import refine_groups
+from quant.row_exponents import least_steps, moved, moved_back, row_shifts
 from quant.second_level import FloatGroups, quantize_groups
 
 SOLVERS = ("shortcut", "hqq")
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STRIP_NELEMENTS = 1 << 22
 
+
+@torch.no_grad()
 def quantize(
     weight: Tensor, scheme: Scheme, *, solver: str = "shortcut", refine: bool = True, n_threads: int = 1
 ) -> QuantizedMatrix:
@@ -49,26 +57,45 @@ def quantize(
     Raises LayoutError where the scheme's groups do not divide K.
     """
     _check_weight(weight, scheme)
-    match solver:
-        case "shortcut":
-            groups = solve(weight, scheme, n_threads=n_threads)
-        case "hqq":
-            from quant.solver_hqq import solve_with_package
-
-            groups = solve_with_package(weight, scheme)
-        case _:
-            raise UnknownSolver(f"solver {solver!r} is not known; this version knows {', '.join(SOLVERS)}")
-    if refine:
-        return refine_groups(weight, groups, scheme, n_threads=n_threads)
-    return quantize_groups(groups, scheme)
+    if solver not in SOLVERS:
+        raise UnknownSolver(f"solver {solver!r} is not known; this version knows {', '.join(SOLVERS)}")
+    if weight.dtype not in _DTYPES:
+        weight = weight.float()
+    shifts = row_shifts(weight)
+    if shifts is None:
+        return _quantize_ordinary(weight, scheme, None, solver=solver, refine=refine, n_threads=n_threads)
+    strips = []
+    per_strip = max(1, _STRIP_NELEMENTS // weight.shape[1])
+    for first in range(0, weight.shape[0], per_strip):
+        strip, by = (whole[first : first + per_strip] for whole in (weight, shifts))
+        matrix = _quantize_ordinary(
+            moved(strip, by), scheme, least_steps(by), solver=solver, refine=refine, n_threads=n_threads
+        )
+        strips.append(moved_back(matrix, by))
+    return joined(strips)
 
 
 @torch.no_grad()
 def solve(weight: Tensor, scheme: Scheme, *, n_threads: int = 1) -> FloatGroups:
-    """Return HQQ's codes, scales and zeros of a weight [N, K]; raise BadWeights unless every weight is finite."""
+    """Return HQQ's codes, scales and zeros of a weight [N, K]; raise BadWeights unless finite and at most 1e30."""
     if solver_kernels.has_kernels():
         return solver_kernels.solve(weight, scheme, n_threads=n_threads)
     return solver_reference.solve(weight, scheme)
+
+
+def _quantize_ordinary(
+    weight: Tensor, scheme: Scheme, least_step: Tensor | None, *, solver: str, refine: bool, n_threads: int
+) -> QuantizedMatrix:
+    """Return the quantized matrix of a weight that solvers can compute with; rows' steps are multiples of the least."""
+    if solver == "hqq":
+        from quant.solver_hqq import solve_with_package
+
+        groups = solve_with_package(weight, scheme)
+    else:
+        groups = solve(weight, scheme, n_threads=n_threads)
+    if refine:
+        return refine_groups(weight, groups, scheme, least_step, n_threads=n_threads)
+    return quantize_groups(groups, scheme, least_step)
 
 
 def _check_weight(weight: Tensor, scheme: Scheme) -> None:

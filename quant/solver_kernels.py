@@ -74,7 +74,9 @@ def solve(weight: Tensor, scheme: Scheme, *, n_threads: int) -> FloatGroups:
     return FloatGroups(codes, inverse.reciprocal().masked_fill_(inverse == 0, 0), zero)
 
 
-def refine(weight: Tensor, start: FloatGroups, scheme: Scheme, *, n_threads: int) -> QuantizedMatrix:
+def refine(
+    weight: Tensor, start: FloatGroups, scheme: Scheme, least_step: Tensor | None = None, *, n_threads: int
+) -> QuantizedMatrix:
     """Return the matrix with the least error that is found from HQQ's scales and zeros on."""
     with _sharing(weight, scheme, n_threads) as shared:
         scale, base, mean_code = shared.floats(), shared.floats(), shared.floats()
@@ -83,7 +85,7 @@ def refine(weight: Tensor, start: FloatGroups, scheme: Scheme, *, n_threads: int
                 "expertd_refine", groups, start.scale[rows], start.zero[rows], scale[rows], base[rows], mean_code[rows]
             )
         )
-        level = second_level(FittedGroups(scale, base, mean_code))
+        level = second_level(FittedGroups(scale, base, mean_code), least_step)
         codes = torch.empty(weight.shape, dtype=torch.uint8)
 
         def put_on_grid(rows: slice, groups: _CGroups) -> None:

@@ -7,7 +7,7 @@ from expertd.convert.config import QuantizeConfig
 from expertd.convert.estimate import measured_seconds
 from expertd.convert.forecast import forecast_text
 from expertd.convert.interruption import interruption
-from expertd.convert.memory import jobs_that_fit
+from expertd.convert.memory import crew_of
 from expertd.convert.plan import plan_store
 
 
@@ -15,8 +15,8 @@ def forecast(files: CheckpointFiles, config: QuantizeConfig, *, n_jobs: int | No
     """Return what a person wants to know before it is done; raise ConvertError."""
     source = check_checkpoint(files)
     plan = plan_store(source, config)
-    n_jobs = n_jobs or jobs_that_fit(plan, len(os.sched_getaffinity(0)))
+    crew = crew_of(plan, source, n_asked=n_jobs, n_processors=len(os.sched_getaffinity(0)))
     with interruption() as asked:
-        seconds = measured_seconds(plan, config, n_jobs, asked)
+        seconds = measured_seconds(plan, config, crew.n_jobs, asked)
     is_fetched = files.fetch_job(None) is not None
-    return forecast_text(files.place, source, config, n_jobs=n_jobs, seconds=seconds, is_fetched=is_fetched)
+    return forecast_text(files.place, source, config, crew=crew, seconds=seconds, is_fetched=is_fetched)

@@ -1,7 +1,8 @@
 """What the converter and the process that fetches its shards say to each other; see worker_messages for how.
 
 converter → fetcher   a FetchJob in the command line, then a Shard a line; the end of input ends it
-fetcher → converter   FetchProgress now and then, Fetched for each shard; Failed, and the fetcher ends
+fetcher → converter   FetchProgress now and then, FetchTrouble when it has to ask again, Fetched for each shard;
+                      Failed, and the fetcher ends
 """
 
 import json
@@ -26,6 +27,13 @@ class FetchProgress:
 
     shard: str
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchTrouble:
+    """What keeps a shard from coming, and what is done about it, in a line."""
+
+    line: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from queue import Queue
 from threading import Thread
 
 from expertd.convert.errors import ConvertError, FetchFailed
-from expertd.convert.fetch_messages import Fetched, FetchJob, FetchProgress, load_fetch_job, load_shard
+from expertd.convert.fetch_messages import Fetched, FetchJob, FetchProgress, FetchTrouble, load_fetch_job, load_shard
 from expertd.convert.hub import Hub, HubFile, Repository
 from expertd.convert.staging import disk_errors, sync_directory
 from expertd.convert.worker_messages import Event, Failed, dump_event
@@ -31,12 +31,13 @@ def main(job_text: str) -> None:
     os.dup2(2, 1)  # what a library prints must not stand among the events
     try:
         job = load_fetch_job(job_text)
+        hub = Hub(job.endpoint, say=lambda line: _tell(events, FetchTrouble(line)))
         lines: Queue[str] = Queue()
         Thread(target=_listen, args=(lines,), daemon=True).start()
         while True:
             shard = load_shard(lines.get())
             file = HubFile(shard.name, shard.nbytes, shard.etag or "")
-            _tell(events, _fetch(Hub(job.endpoint), job, file, lambda progress: _tell(events, progress)))
+            _tell(events, _fetch(hub, job, file, lambda progress: _tell(events, progress)))
     except ConvertError as error:
         _tell(events, Failed(type(error).__name__, str(error)))
     except ConnectionError:

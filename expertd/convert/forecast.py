@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from expertd.convert.checkpoint import Checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import GroupsDoNotDivide
+from expertd.convert.memory import Crew
 from expertd.convert.plan import StorePlan, plan_store
 from expertd.convert.words import SIXTEEN_BIT
 from protocol.slot_area import least_slots, slot_area_nbytes
@@ -43,7 +44,7 @@ def tiered_nbytes(size: StoreSize, n_slots: int) -> int:
 
 
 def forecast_text(
-    place: str, checkpoint: Checkpoint, config: QuantizeConfig, *, n_jobs: int, seconds: float, is_fetched: bool
+    place: str, checkpoint: Checkpoint, config: QuantizeConfig, *, crew: Crew, seconds: float, is_fetched: bool
 ) -> str:
     """Return the text for a person; `seconds` is what this machine was measured to need for the configured store."""
     model, plan = checkpoint.config, plan_store(checkpoint, config)
@@ -64,8 +65,9 @@ def forecast_text(
         f"({least_slots(model.top_k, chosen.n_experts)} experts at a time), and what half of the experts take",
         "GPU from: the least that a GPU with an expert cache holds",
         f"each runner: {_gb(kv_nbytes)} for a context of {_CONTEXT} tokens, and its own buffers",
-        f"time: about {_duration(seconds)} on this machine with {n_jobs} worker(s), measured on one expert"
-        + (", if the Hub sends as fast as that" if is_fetched else ""),
+        f"time: about {_duration(seconds)} on this machine with {crew.n_jobs} worker(s), measured on one expert"
+        + (", if the Hub sends as fast as that" if is_fetched else "")
+        + f"; they hold at most {_gb(crew.held_nbytes)}",
     ]
     return "\n".join(lines)
 

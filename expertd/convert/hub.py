@@ -29,6 +29,10 @@ def _wait(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
+def _ignore(_line: str) -> None:
+    """Say it to nobody."""
+
+
 @dataclass(frozen=True, slots=True)
 class HubFile:
     """One file of a repository. `etag` is the sha256 of a large file, git's sha1 of a small one."""
@@ -48,10 +52,14 @@ class Repository:
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """A Hub; `endpoint` None is the one that the user's environment names."""
+    """A Hub; `endpoint` None is the one that the user's environment names.
+
+    `say` is given a line when it has to be asked again.
+    """
 
     endpoint: str | None = None
     wait: Callable[[float], None] = _wait
+    say: Callable[[str], None] = _ignore
 
     def list_files(self, repo_id: str, revision: str | None) -> tuple[Repository, tuple[HubFile, ...]]:
         """Return what a branch, tag or commit (None: the main branch) holds now; raise NotOnHub or FetchFailed."""
@@ -88,18 +96,22 @@ class Hub:
         Raise NotOnHub for what is not there or not ours to read, FetchFailed where nothing comes any more.
         """
         at, n_failed = begin, 0
+        what = f"{repository.repo_id}: {name}"
         while at < end:
+            brought_nothing = True
             try:
                 for offset, chunk in self._one_connection(repository, name, at, end):
-                    at, n_failed = offset + len(chunk), 0
+                    at, n_failed, brought_nothing = offset + len(chunk), 0, False
                     yield offset, chunk
                     if at >= end:
                         return
                 reason = f"the connection ended at byte {at} of {end}"
             except _failures() as error:
-                reason = _reason(f"{repository.repo_id}: {name}", error)
+                reason = _reason(what, error)
             if n_failed == len(_WAITS_S):
-                raise FetchFailed(f"{repository.repo_id}: {name}: {reason}; tried {n_failed + 1} times")
+                raise FetchFailed(f"{what}: {reason}; tried {n_failed + 1} times")
+            if brought_nothing:  # that long connections break is nothing to tell
+                self._tell_again(what, reason, n_failed)
             self.wait(_WAITS_S[n_failed])
             n_failed += 1
 
@@ -165,14 +177,19 @@ class Hub:
                 offset += len(wanted)
 
     def _retried(self, what: str, ask: Callable[[], _T]) -> _T:
-        for wait_s in (*_WAITS_S, None):
+        for n_failed, wait_s in enumerate((*_WAITS_S, None)):
             try:
                 return ask()
             except _failures() as error:
                 reason = _reason(what, error)
             if wait_s is not None:
+                self._tell_again(what, reason, n_failed)
                 self.wait(wait_s)
         raise FetchFailed(f"{what}: {reason}; tried {len(_WAITS_S) + 1} times")
+
+    def _tell_again(self, what: str, reason: str, n_failed: int) -> None:
+        when = f"in {_WAITS_S[n_failed]:.0f} s" if _WAITS_S[n_failed] else "at once"
+        self.say(f"{what}: {reason}; asking again {when} ({n_failed + 2} of {len(_WAITS_S) + 1})")
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -1,4 +1,8 @@
-"""A matrix of a checkpoint as a tensor, checked: every weight is a number. Knows no schemes and no stores."""
+"""A matrix of a checkpoint as tensors, checked: every weight is a number. Knows no schemes and no stores.
+
+Rows are read as they are asked for, so that what is held does not grow with the matrix; one that is quantized already
+is unpacked whole.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertd.convert.errors import NotFinite
+from expertd.convert.hqq_layout import HqqPlace
 from expertd.convert.hqq_weights import dequantized, group_values
 from expertd.convert.shard import TensorPlace, read_tensor
 from expertd.convert.worker_messages import MatrixSource
@@ -22,23 +27,52 @@ def strips(values: Tensor, n: int) -> Iterator[Tensor]:
         yield values[first : first + n]
 
 
-def read_matrix(source: MatrixSource, rows: int, cols: int) -> Tensor:
-    """Return one matrix as [rows, cols] in the checkpoint's type; raise CheckpointError or NotFinite."""
-    weight = _read_weights(source, rows, cols).view(-1)
-    if not all(bool(strip.isfinite().all()) for strip in strips(weight, _STRIP_NELEMENTS)):
-        raise NotFinite(f"{source.hub_name}: holds weights that are NaN or infinite; the checkpoint is damaged")
-    return weight.reshape(rows, cols)
+class SourceMatrix:
+    """One matrix [n_rows, n_cols] in the checkpoint's type."""
+
+    def __init__(self, source: MatrixSource, n_rows: int, n_cols: int) -> None:
+        """Raise CheckpointError for a quantized one that cannot be read."""
+        self.n_rows, self.n_cols = n_rows, n_cols
+        self._source = source
+        self._unpacked: Tensor | None = None
+        if isinstance(source.place, HqqPlace):
+            self._unpacked, self.dtype = _unpacked(source, source.place, (n_rows, n_cols)), torch.float32
+        else:
+            self.dtype = _DTYPES[source.place.slot.dtype]
+
+    def rows(self, first: int, n: int) -> Tensor:
+        """Return n rows, [n, n_cols], from the first one on; raise CheckpointError or NotFinite."""
+        weight = self._read(first, n)
+        if not all(bool(strip.isfinite().all()) for strip in strips(weight.view(-1), _STRIP_NELEMENTS)):
+            raise NotFinite(
+                f"{self._source.hub_name}: holds weights that are NaN or infinite; the checkpoint is damaged"
+            )
+        return weight
+
+    def largest(self) -> float:
+        """Return the largest magnitude of all weights; raise CheckpointError or NotFinite."""
+        n = max(1, _STRIP_NELEMENTS // self.n_cols)
+        pieces = (self.rows(first, min(n, self.n_rows - first)) for first in range(0, self.n_rows, n))
+        return max(float(piece.abs().max()) for piece in pieces)
+
+    def _read(self, first: int, n: int) -> Tensor:
+        if self._unpacked is not None:
+            return self._unpacked[first : first + n]
+        place = self._source.place
+        assert isinstance(place, TensorPlace)  # noqa: S101  # the other kind is unpacked
+        row_nbytes = self.n_cols * self.dtype.itemsize
+        data = read_tensor(
+            Path(self._source.path), place, self._source.hub_name, begin=first * row_nbytes, nbytes=n * row_nbytes
+        )
+        return torch.frombuffer(data, dtype=self.dtype).view(n, self.n_cols)
 
 
-def _read_weights(source: MatrixSource, rows: int, cols: int) -> Tensor:
-    place = source.place
-    if isinstance(place, TensorPlace):
-        return _read_tensor(source, place)
+def _unpacked(source: MatrixSource, place: HqqPlace, shape: tuple[int, int]) -> Tensor:
     return dequantized(
         _read_tensor(source, place.codes),
         _read_values(source, place.scale),
         _read_values(source, place.zero),
-        (rows, cols),
+        shape,
         nbits=place.nbits,
         group_size=place.group_size,
         order=place.order,
@@ -54,8 +88,3 @@ def _read_values(source: MatrixSource, places: tuple[TensorPlace, ...]) -> Tenso
 def _read_tensor(source: MatrixSource, place: TensorPlace) -> Tensor:
     data = read_tensor(Path(source.path), place, source.hub_name)
     return torch.frombuffer(data, dtype=_DTYPES[place.slot.dtype]).view(place.slot.shape)
-
-
-def fits_fp16(weight: Tensor) -> bool:
-    """Return whether fp16 holds every weight without making it infinite."""
-    return all(bool(strip.half().isfinite().all()) for strip in strips(weight.flatten(), _STRIP_NELEMENTS))

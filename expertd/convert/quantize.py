@@ -18,7 +18,7 @@ from expertd.convert.errors import ConfigError, ConvertError, EncodeFailed, NoDi
 from expertd.convert.interruption import Interruption, interruption
 from expertd.convert.journal import open_journal
 from expertd.convert.local_folder import LocalFolder
-from expertd.convert.memory import jobs_that_fit, records_budget_nbytes
+from expertd.convert.memory import LIMIT_NBYTES, Crew, crew_of
 from expertd.convert.plan import StorePlan, plan_store
 from expertd.convert.staging import Staging, check_target, disk_errors, kept_nbytes, staged
 from expertd.convert.work import Progress, StoreWork
@@ -44,9 +44,10 @@ class _Order:
     source: Checkpoint
     plan: StorePlan
     config: QuantizeConfig
-    n_jobs: int | None
+    crew: Crew
     discards: bool
     on_progress: Callable[[Progress], None]
+    say: Callable[[str], None]
 
     @property
     def made_of(self) -> str:
@@ -54,6 +55,10 @@ class _Order:
         places = [self.source.place_of(matrix) for planned in self.plan.records for matrix in planned.matrices]
         facts = (LIBRARY_VERSION, STORE_FORMAT_VERSION, self.config, self.plan.records, places)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _ignore(_line: str) -> None:
+    """Say it to nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +92,13 @@ def quantize_source(
     n_jobs: int | None,
     discards: bool = False,
     on_progress: Callable[[Progress], None],
+    say: Callable[[str], None] = _ignore,
 ) -> Made:
     """Write the store of a checkpoint with `n_jobs` worker processes; return what was made; raise ConvertError.
 
-    None are as many as there are processors for and as fit into memory.LIMIT_NBYTES, which then bounds all processes.
-    `on_progress` is called in the calling thread after every matrix. In the main thread SIGINT ends the work with
+    None are as many as there are processors for and as fit into memory.LIMIT_NBYTES, which then bounds all processes;
+    what a number that does not fit takes is told. `on_progress` is called in the calling thread after every matrix,
+    `say` with lines for the user. In the main thread SIGINT ends the work with
     KeyboardInterrupt, SIGTERM with Terminated; then, as after most errors, what is finished is kept for the next run.
     With `discards` shards that have to be fetched are deleted after their use.
     """
@@ -101,8 +108,11 @@ def quantize_source(
     check_target(target, force=force)
     # Not inside the block below: before there is anything to clean up, Ctrl-C need not wait for the network.
     source = check_checkpoint(files)
-    order = _Order(target, files, source, plan_store(source, config), config, n_jobs, discards, on_progress)
+    plan = plan_store(source, config)
+    crew = crew_of(plan, source, n_asked=n_jobs, n_processors=len(os.sched_getaffinity(0)))
+    order = _Order(target, files, source, plan, config, crew, discards, on_progress, say)
     _check_disk_space(order)
+    _tell_memory(order)
     with interruption() as asked, staged(target, force=force, made_of=order.made_of) as staging, _kept(staging):
         records = _write_records(order, staging, asked)
         manifest = store_manifest(order.plan, records, source, config)
@@ -134,7 +144,6 @@ def _write_records(order: _Order, staging: Staging, asked: Interruption) -> dict
     target, plan = order.target, order.plan
     names = tuple(file.name for file in plan.files)
     job = Job(str(staging.path), str(target), names, order.config)
-    n_jobs = order.n_jobs or jobs_that_fit(plan, len(os.sched_getaffinity(0)))
     fetch_job = order.files.fetch_job(staging.folder / "source" if order.discards else None)
     with (
         record_files_with_headers(staging.path, target, plan.files) as record_files,
@@ -147,14 +156,24 @@ def _write_records(order: _Order, staging: Staging, asked: Interruption) -> dict
             staging,
             paths=order.files.paths(),
             fetch_job=fetch_job,
-            budget_nbytes=records_budget_nbytes(n_jobs) if order.n_jobs is None else None,
+            budget_nbytes=order.crew.budget_nbytes,
             on_progress=order.on_progress,
+            say=order.say,
         )
-        do_work(work, job, fetch_job, asked, n_jobs=min(n_jobs, work.n_left))
+        do_work(work, job, fetch_job, asked, n_jobs=min(order.crew.n_jobs, work.n_left))
         for name in names:
             asked.check()
             record_files.sync(name)
         return {plan.records[number].name: written(plan.records[number], done) for number, done in journal.done.items()}
+
+
+def _tell_memory(order: _Order) -> None:
+    """Say so where the workers that were asked for take more than the limit."""
+    if order.crew.held_nbytes > LIMIT_NBYTES:
+        order.say(
+            f"{order.crew.n_jobs} workers hold up to {order.crew.held_nbytes / 1e9:.1f} GB of memory together; "
+            f"without --jobs it is at most {LIMIT_NBYTES / 1e9:.0f} GB"
+        )
 
 
 def _clear_but_records(folder: Path, plan: StorePlan) -> None:

@@ -1,6 +1,7 @@
 """What a user calls a checkpoint: a local folder, or a repository on the Hub."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from expertd.convert.checkpoint import CheckpointFiles
@@ -12,8 +13,11 @@ from expertd.convert.local_folder import LocalFolder
 _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}\Z")
 
 
-def open_source(text: str, *, revision: str | None, discards: bool) -> CheckpointFiles:
-    """Return the files that the text means: a folder where one is there, else a repository; raise ConvertError."""
+def open_source(text: str, *, revision: str | None, discards: bool, say: Callable[[str], None]) -> CheckpointFiles:
+    """Return the files that the text means: a folder where one is there, else a repository; raise ConvertError.
+
+    `say` is given a line for the user when the Hub has to be asked again.
+    """
     if Path(text).exists() or not _REPO_ID.match(text):
         if revision is not None or discards:
             option = "--discard-source" if discards else "--revision"
@@ -23,4 +27,4 @@ def open_source(text: str, *, revision: str | None, discards: bool) -> Checkpoin
                 f"{text}: no such folder; a folder or a repository on the Hub (owner/name) is expected"
             )
         return LocalFolder(Path(text))
-    return find_repository(Hub(), text, revision)
+    return find_repository(Hub(say=say), text, revision)

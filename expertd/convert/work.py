@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertd.convert.checkpoint import Checkpoint
-from expertd.convert.fetch_messages import Fetched, FetchJob, FetchProgress
+from expertd.convert.fetch_messages import Fetched, FetchJob, FetchProgress, FetchTrouble
 from expertd.convert.journal import Journal
 from expertd.convert.memory import record_need_nbytes
 from expertd.convert.plan import PlannedRecord, StorePlan
@@ -37,7 +37,7 @@ class Progress:
 
 class StoreWork:
     """The work of one run. `paths` are the shards that are on this disk from the beginning; what workers hold together
-    stays below the budget, if there is one.
+    stays below the budget. `say` is given lines for the user.
     """
 
     def __init__(
@@ -49,11 +49,12 @@ class StoreWork:
         *,
         paths: dict[str, str],
         fetch_job: FetchJob | None,
-        budget_nbytes: int | None,
+        budget_nbytes: int,
         on_progress: Callable[[Progress], None],
+        say: Callable[[str], None],
     ) -> None:
         self._checkpoint, self._plan, self._journal, self._staging = checkpoint, plan, journal, staging
-        self._on_progress = on_progress
+        self._on_progress, self._say = on_progress, say
         self._paths = dict(paths)
         self._ours: set[str] = set()
         self._fetches_into_folder = fetch_job is not None and fetch_job.folder is not None
@@ -70,7 +71,7 @@ class StoreWork:
             list(self._shards),
             here=frozenset(paths),
             n_ahead=N_SHARDS_AHEAD if self._fetches_into_folder else None,
-            costs={number: record_need_nbytes(plan.records[number]) for number in needs},
+            costs={number: record_need_nbytes(plan.records[number], checkpoint) for number in needs},
             budget=budget_nbytes,
         )
         finished = [matrix for number in journal.done for matrix in plan.records[number].matrices]
@@ -116,6 +117,8 @@ class StoreWork:
             case FetchProgress(name, nbytes):
                 self._fetched_nbytes[name] = nbytes
                 self._tell()
+            case FetchTrouble(line):
+                self._say(line)
             case Fetched(name, path, is_ours):
                 self._paths[name] = path
                 self._fetched_nbytes[name] = self._shards[name].nbytes

@@ -2,29 +2,27 @@
 
 A process of its own because the solver is thousands of small operations: threads would spend their time waiting for
 the interpreter. A task says all about one record; what is written depends on it alone, as it is computed with one
-thread. It holds one matrix and its encoding at a time, never a whole record. The end of its input ends it, so that none
-outlives the converter.
+thread. It holds a piece of a matrix and its encoding at a time, never a whole record. The end of its input ends it, so
+that none outlives the converter.
 """
 
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import xxhash
-from torch import Tensor
 
-from expertd.convert.errors import ConvertError, EncodeFailed
-from expertd.convert.matrices import fits_fp16, read_matrix, strips
+from expertd.convert.errors import ConvertError
+from expertd.convert.matrices import SourceMatrix
+from expertd.convert.pieces import EncodedMatrix
 from expertd.convert.worker_messages import (
     Event,
     Failed,
     Job,
     MatrixDone,
-    MatrixSource,
     RecordDone,
     Task,
     dump_event,
@@ -32,14 +30,9 @@ from expertd.convert.worker_messages import (
     load_task,
 )
 from expertd.convert.writer import RecordFiles
-from protocol.errors import LayoutError
-from protocol.layout import R8, Part, record_spans
-from protocol.schemes import BF16, FP16
-from quant.encode import encode_part
-from quant.errors import QuantError
-from quant.weight_error import weight_error
+from protocol.layout import R8, record_spans
 
-_PIECE_NBYTES = 4 << 20
+_READ_NBYTES = 4 << 20
 
 
 def main(job_text: str) -> None:
@@ -71,26 +64,36 @@ class _Encoder:
         checksum = xxhash.xxh3_128()
         schemes, weight_errors = [], []
         for index, (span, (begin, end)) in enumerate(zip(spans, pairwise(bounds), strict=True)):
-            part, encoded, lost = self._encode_matrix(task.matrices[index], span.part)
-            offset = begin
-            for data in _padded(encoded, end - begin):
-                self.files.write(task.file, task.offset + offset, data)
-                checksum.update(data)
-                offset += len(data)
-            schemes.append(part.scheme)
-            weight_errors.append(lost)
+            source = task.matrices[index]
+            matrix = SourceMatrix(source, span.part.rows, span.part.cols)
+            encoded = EncodedMatrix(matrix, span.part, solver=self.solver, refine=self.refine)
+            self._write_part(task, (begin, end), encoded, source.hub_name, checksum)
+            schemes.append(encoded.part.scheme)
+            weight_errors.append(encoded.weight_error)
             _tell(self.events, MatrixDone(task.record, index))
         _tell(self.events, RecordDone(task.record, tuple(schemes), tuple(weight_errors), checksum.hexdigest()))
 
-    def _encode_matrix(self, matrix: MatrixSource, planned: Part) -> tuple[Part, Tensor, float]:
-        """Return the part with the scheme that its weights allow, its bytes, u8 [part_nbytes], and what they lost."""
-        weight = read_matrix(matrix, planned.rows, planned.cols)
-        part = _fitting_part(weight, planned)
-        try:
-            encoded = encode_part(weight, part, solver=self.solver, refine=self.refine)
-        except (QuantError, LayoutError) as error:
-            raise EncodeFailed(f"{matrix.hub_name}: {error}") from None
-        return part, encoded, weight_error(weight, part, encoded)
+    def _write_part(
+        self, task: Task, span: tuple[int, int], encoded: EncodedMatrix, hub_name: str, checksum: xxhash.xxh3_128
+    ) -> None:
+        """Write a matrix and the zeros up to the next one: they are checked like it."""
+        begin, end = span
+        filled = begin
+        for placed in encoded.bytes(hub_name):
+            self._write(task, begin + placed.offset, placed.data)
+            filled = begin + placed.offset + len(placed.data)
+            if encoded.is_in_order:
+                checksum.update(placed.data)
+        padding = bytes(end - filled)
+        self._write(task, filled, padding)
+        if encoded.is_in_order:
+            checksum.update(padding)
+            return
+        for offset in range(begin, end, _READ_NBYTES):
+            checksum.update(self.files.read(task.file, task.offset + offset, min(_READ_NBYTES, end - offset)))
+
+    def _write(self, task: Task, offset: int, data: bytes | bytearray) -> None:
+        self.files.write(task.file, task.offset + offset, data)
 
 
 def _run(job: Job, events: int) -> None:
@@ -98,23 +101,6 @@ def _run(job: Job, events: int) -> None:
         encoder = _Encoder(files, job.config.solver, job.config.refine, events)
         for line in sys.stdin:
             encoder.encode(load_task(line))
-
-
-def _padded(encoded: Tensor, nbytes: int) -> Iterator[bytearray]:
-    """Yield a part's bytes in pieces, then zeros: the padding up to the next part is written and checked like it."""
-    for piece in strips(encoded, _PIECE_NBYTES):
-        data = bytearray(piece.numel())
-        torch.frombuffer(data, dtype=torch.uint8)[:] = piece
-        yield data
-    if nbytes > encoded.numel():
-        yield bytearray(nbytes - encoded.numel())
-
-
-def _fitting_part(weight: Tensor, planned: Part) -> Part:
-    """Return the part with the scheme that holds the weights: bf16 for those that fp16 would make infinite."""
-    if planned.scheme == FP16.name and not fits_fp16(weight):
-        return replace(planned, scheme=BF16.name)
-    return planned
 
 
 def _tell(events: int, event: Event) -> None:

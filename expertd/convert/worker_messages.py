@@ -17,7 +17,7 @@ from expertd.convert import errors
 from expertd.convert.checkpoint import Checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import ConvertError
-from expertd.convert.fetch_messages import Fetched, FetchProgress
+from expertd.convert.fetch_messages import Fetched, FetchProgress, FetchTrouble
 from expertd.convert.hqq_layout import HqqPlace, MatrixPlace, Order
 from expertd.convert.plan import PlannedRecord
 from expertd.convert.safetensors_header import TensorSlot
@@ -90,7 +90,7 @@ class Failed:
         return cls(self.detail)
 
 
-Done = MatrixDone | RecordDone | FetchProgress | Fetched
+Done = MatrixDone | RecordDone | FetchProgress | FetchTrouble | Fetched
 Event = Done | Failed
 
 
@@ -144,6 +144,8 @@ def load_event(line: bytes) -> Event:
             return RecordDone(record, tuple(schemes), tuple(weight_errors), checksum)
         case ["FetchProgress", shard, nbytes]:
             return FetchProgress(shard, nbytes)
+        case ["FetchTrouble", text]:
+            return FetchTrouble(text)
         case ["Fetched", shard, path, is_ours]:
             return Fetched(shard, path, is_ours)
         case ["Failed", kind, detail]:

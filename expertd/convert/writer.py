@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from expertd.convert.errors import WriteFailed
 from expertd.convert.plan import PlannedFile
 from expertd.convert.staging import disk_errors, sync_directory
 
@@ -23,7 +24,7 @@ class RecordFiles:
         self._fds: dict[str, int] = {}
         with ExitStack() as opened, disk_errors(target):
             for name in names:
-                fd = os.open(folder / name, os.O_WRONLY | os.O_CLOEXEC | flags, 0o666)
+                fd = os.open(folder / name, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
                 opened.callback(os.close, fd)
                 self._fds[name] = fd
             self._opened = opened.pop_all()
@@ -40,6 +41,17 @@ class RecordFiles:
         """Write bytes at their place; raise NoDiskSpace or WriteFailed."""
         with disk_errors(self._target):
             _write_all(self._fds[file], data, offset)
+
+    def read(self, file: str, offset: int, nbytes: int) -> bytes:
+        """Return bytes that were written; raise WriteFailed."""
+        with disk_errors(self._target):
+            data = bytearray()
+            while len(data) < nbytes:
+                piece = os.pread(self._fds[file], nbytes - len(data), offset + len(data))
+                if not piece:
+                    raise WriteFailed(f"{self._target}: {file} became shorter while it was written")
+                data += piece
+            return bytes(data)
 
     def sync(self, file: str) -> None:
         """Make a file durable, whoever wrote it; raise NoDiskSpace or WriteFailed."""

@@ -18,6 +18,9 @@ enum {
 };
 
 #define SCALE_CODE_MAX 255.0f
+/* What a row's step is so many times more than is nothing in that row: a group of it is not looked at more closely, or
+ * the squares of its errors in a step would leave the range of floats. */
+#define NEGLIGIBLE 0x1p-20f
 
 /* x = scale * q + offset, and the sum of the squared errors of the codes that it was fitted to. */
 struct fit {
@@ -36,16 +39,16 @@ struct view {
     i32x8 is_empty;
 };
 
-INLINE struct view view_bundle(const struct expertd_groups *groups, f32x8 scale, f32x8 *x) {
+INLINE struct view view_bundle(const struct expertd_groups *groups, f32x8 scale, f32x8 least_half, f32x8 *x) {
     f32x8 low = splat(INFINITY), high = splat(-INFINITY);
     for (int64_t i = 0; i < groups->group_size; i++) {
         low = smaller_of(x[i], low);
         high = larger_of(x[i], high);
     }
     f32x8 magnitude = larger_of(magnitude_of(low), magnitude_of(high));
-    f32x8 half = (high - low) * 0.5f;
+    f32x8 half = larger_of((high - low) * 0.5f, least_half);
     struct view view = {
-        .middle = low + half,
+        .middle = low + (high - low) * 0.5f,
         .half = choose((i32x8)(half == 0.0f), splat(1.0f), half),
         .is_narrow = (i32x8)(high - low < magnitude * NARROW),
         .is_empty = (i32x8)(scale == 0.0f),
@@ -127,7 +130,7 @@ static void refine(const struct expertd_groups *groups, const float *hqq_scale, 
         bundle x;
         load_bundle(groups, first, x);
         f32x8 lane_hqq = load_lanes(hqq_scale, first, filled);
-        struct view view = view_bundle(groups, lane_hqq, x);
+        struct view view = view_bundle(groups, lane_hqq, splat(0.0f), x);
         lane_hqq = choose(view.is_empty, splat(1.0f), lane_hqq);
         f32x8 hqq_offset = -load_lanes(zero, first, filled) * lane_hqq;
         struct fit hqq = {lane_hqq / view.half, (hqq_offset - view.middle) / view.half, splat(0.0f)};
@@ -146,8 +149,8 @@ struct grid_view {
     f32x8 step, base_min, base_step, middle;
 };
 
-INLINE struct grid_view view_grid(const struct expertd_grid *grid, int64_t first, int64_t filled,
-                                  const struct view *view) {
+/* Rows' steps as they are stored; the rest is the view's. */
+INLINE struct grid_view load_grid(const struct expertd_grid *grid, int64_t first, int64_t filled) {
     struct grid_view lanes = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
     for (int64_t lane = 0; lane < LANES; lane++) {
         int64_t row = (first + (lane < filled ? lane : filled - 1)) / grid->groups_per_row;
@@ -155,8 +158,6 @@ INLINE struct grid_view view_grid(const struct expertd_grid *grid, int64_t first
         lanes.base_min[lane] = grid->base_min[row];
         lanes.base_step[lane] = grid->base_step[row];
     }
-    lanes.step /= view->half;
-    lanes.middle = view->middle / view->half;
     return lanes;
 }
 
@@ -247,8 +248,10 @@ static void refine_on_grid(const struct expertd_groups *groups, const float *sca
         bundle x, q;
         load_bundle(groups, first, x);
         f32x8 lane_scale = load_lanes(scale, first, filled);
-        struct view view = view_bundle(groups, lane_scale, x);
-        struct grid_view lanes = view_grid(grid, first, filled, &view);
+        struct grid_view lanes = load_grid(grid, first, filled);
+        struct view view = view_bundle(groups, lane_scale, lanes.step * NEGLIGIBLE, x);
+        lanes.step /= view.half;
+        lanes.middle = view.middle / view.half;
         f32x8 lane_offset = lane_scale * (load_lanes(base, first, filled) - center);
         struct fit fit = {lane_scale / view.half, (lane_offset - view.middle) / view.half, splat(0.0f)};
         struct point best = best_point(groups, x, &lanes, &fit, load_lanes(mean_code, first, filled));

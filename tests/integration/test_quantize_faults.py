@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.errors import ConfigError, NoDiskSpace, NotFinite, StoreExists, WorkerDied
-from expertd.convert.quantize import quantize_checkpoint
+from expertd.convert.local_folder import LocalFolder
+from expertd.convert.quantize import quantize_checkpoint, quantize_source
 from expertd.convert.work import Progress
 from protocol.manifest import Manifest
 from tests.support.checkpoints import write_checkpoint, write_weights
@@ -87,6 +88,29 @@ def test_no_workers_at_all_are_refused(checkpoint: Path, tmp_path: Path) -> None
         )
 
     assert str(refusal.value) == "worker processes: at least 1 is expected, 0 came"
+
+
+def test_workers_that_take_more_than_the_limit_are_told_of_before_they_start(checkpoint: Path, tmp_path: Path) -> None:
+    class Said(Exception):  # nothing is wrong
+        pass
+
+    def stop(line: str) -> None:
+        raise Said(line)
+
+    with pytest.raises(Said) as said:
+        quantize_source(
+            LocalFolder(checkpoint),
+            tmp_path / "store",
+            QUANTIZED,
+            force=False,
+            n_jobs=64,
+            on_progress=lambda _: None,
+            say=stop,
+        )
+
+    # There are 25 records to write.
+    assert str(said.value) == ("25 workers hold up to 6.2 GB of memory together; without --jobs it is at most 3 GB")
+    assert names_in(tmp_path) == []
 
 
 def test_an_error_of_the_caller_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:

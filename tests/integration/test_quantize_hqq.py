@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from expertd.convert.checkpoint import read_checkpoint
 from expertd.convert.errors import CheckpointError, WrongTensor
-from expertd.convert.matrices import read_matrix
+from expertd.convert.matrices import SourceMatrix
 from expertd.convert.mixtral import dense_records, expert_records
 from expertd.convert.worker_messages import MatrixSource
 from tests.support.half_done import manifest_of
@@ -31,7 +31,7 @@ def test_every_matrix_is_read_as_the_weights_it_stands_for(tmp_path: Path, nbits
     for matrix in (matrix for record in records for matrix in record.matrices):
         place = checkpoint.place_of(matrix)
         source = MatrixSource(matrix.hub_name, str(tmp_path / place.shard.name), place)
-        read = read_matrix(source, matrix.rows, matrix.cols).float()
+        read = SourceMatrix(source, matrix.rows, matrix.cols).rows(0, matrix.rows).float()
         expected = weights[matrix.hub_name].view(read.shape)
         assert float((read - expected).abs().max() / expected.abs().max()) < 1e-6, matrix.hub_name
     assert checkpoint.n_quantized == 4 + 2 * 3
@@ -43,7 +43,8 @@ def test_scales_and_zeros_may_be_plain_numbers(tmp_path: Path) -> None:
     matrix = next(expert_records(checkpoint.config)).matrices[0]
     place = checkpoint.place_of(matrix)
 
-    read = read_matrix(MatrixSource(FIRST, str(tmp_path / place.shard.name), place), matrix.rows, matrix.cols)
+    source = MatrixSource(FIRST, str(tmp_path / place.shard.name), place)
+    read = SourceMatrix(source, matrix.rows, matrix.cols).rows(0, matrix.rows)
 
     assert torch.allclose(read, weights[f"{FIRST}.weight"], rtol=0, atol=1e-6)
 

@@ -111,8 +111,13 @@ def test_a_broken_connection_damaged_bytes_and_a_server_in_trouble_change_nothin
     server.faults.cut_after = [1000, 2000, 3000]
     server.faults.statuses = [503, 502]
 
-    run(server, out)
+    said = run(server, out)
 
+    # Whoever waits sees why: the first header was refused twice.
+    assert said.splitlines()[:2] == [
+        f"expertd: {REPO}: {SHARDS[0]}: the Hub answers with status 503; asking again at once (2 of 7)",
+        f"expertd: {REPO}: {SHARDS[0]}: the Hub answers with status 502; asking again in 1 s (3 of 7)",
+    ]
     assert manifest_of(out / "store") == finished
 
 
@@ -178,6 +183,23 @@ def test_a_hub_that_refuses_in_the_middle_of_it_all_costs_nothing_that_was_done(
     assert said.startswith(f"expertd: {REPO}: {SHARDS[0]}: the Hub refuses it (status 403); ")
     assert said.endswith(f"{GOES_ON}\n")
     assert was_kept
+    assert manifest_of(out / "store") == finished
+
+
+def test_what_keeps_a_shard_from_coming_is_told_while_others_are_quantized(
+    server: HubServer, out: Path, finished: Manifest
+) -> None:
+    server.faults.stalls_after = 40_000
+    with start(server, out) as process:
+        assert server.faults.stalled.wait(60)
+        server.faults.stalls_after = None
+        server.faults.statuses = [503]
+        server.faults.go_on.set()
+        _, said = process.communicate()
+
+    assert said.splitlines()[0] == (
+        f"expertd: {REPO}: {SHARDS[0]}: the Hub answers with status 503; asking again in 1 s (3 of 7)"
+    )
     assert manifest_of(out / "store") == finished
 
 

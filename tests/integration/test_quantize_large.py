@@ -16,9 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from expertd.convert.memory import LIMIT_NBYTES
+from expertd.convert.memory import LIMIT_NBYTES, QUANTIZED_NELEMENTS_MAX
+from expertd.verify import verify_store
 from tests.support.half_done import manifest_of, names_in
 from tests.support.large_checkpoint import write_large_checkpoint
+from tests.support.sparse_checkpoint import write_sparse_checkpoint
 from tests.support.waiting import wait_for_exit, wait_until
 
 pytestmark = pytest.mark.slow
@@ -101,6 +103,33 @@ def test_a_full_width_checkpoint_killed_five_times_under_3_gb_becomes_the_same_s
     assert peak_nbytes <= LIMIT_NBYTES
     with capsys.disabled():
         sys.stderr.write(f"\n    at most {peak_nbytes / 1e9:.2f} GB held at once\n")
+
+
+def test_a_vocabulary_of_a_million_tokens_takes_no_more_than_3_gb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Embeddings and output head of 2 GB each in F32, one kept in 16 bits, one quantized to 8: each alone is too large.
+    checkpoint = write_sparse_checkpoint(
+        tmp_path / "checkpoint",
+        hidden=512,
+        intermediate=1024,
+        n_layers=1,
+        n_heads=8,
+        n_kv_heads=2,
+        n_experts=2,
+        vocab=1_000_000,
+        dtype="F32",
+    )
+
+    run = run_limited(checkpoint, tmp_path / "store")
+
+    assert run.status == 0, run.said
+    assert run.peak_nbytes <= LIMIT_NBYTES
+    head = manifest_of(tmp_path / "store").dense["lm_head"]
+    assert head.parts[0].rows * head.parts[0].cols > QUANTIZED_NELEMENTS_MAX
+    assert not verify_store(tmp_path / "store", lambda _done, _total: None).wrong
+    with capsys.disabled():
+        sys.stderr.write(f"\n    at most {run.peak_nbytes / 1e9:.2f} GB held at once\n")
 
 
 def same_bytes(one: Path, other: Path) -> bool:

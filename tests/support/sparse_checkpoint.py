@@ -21,7 +21,7 @@ def write_sparse_checkpoint(
     dtype: str = "BF16",
     top_k: int = 2,
 ) -> Path:
-    """Write config.json and model.safetensors of 16-bit weights; return the folder."""
+    """Write config.json and model.safetensors of zeros; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": n_layers}
     heads = {"num_attention_heads": n_heads, "num_key_value_heads": n_kv_heads, "vocab_size": vocab}
@@ -40,7 +40,7 @@ def write_sparse_checkpoint(
     )
     header, offset = {}, 0
     for name, shape in shapes.items():
-        end = offset + 2 * prod(shape)
+        end = offset + (4 if dtype == "F32" else 2) * prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()

@@ -95,19 +95,6 @@ def test_outliers_and_any_magnitude_leave_every_field_finite_and_the_error_below
     )
 
 
-@pytest.mark.parametrize("scheme", QUANTIZED, ids=name_of)
-def test_the_extremes_of_bf16_are_kept_in_proportion(scheme: Scheme) -> None:
-    # The least normal and subnormal bf16, and the largest weight that is taken.
-    weight = gaussian(4, 256, std=1.0).bfloat16()
-    for factor in (2.0**-126, 2.0**-96, 1e29):
-        extreme = (weight.double() * factor).bfloat16()
-
-        back = restored(quantize(extreme, scheme))
-
-        lost = (back.double() - extreme.double()).norm() / extreme.double().norm()
-        assert float(lost) <= (1.0 if factor == 2.0**-126 else 0.3)
-
-
 def test_a_group_of_zeros_and_a_constant_one_stay_what_they_are() -> None:
     weight = gaussian(8, 256)
     weight[:, :64] = 0

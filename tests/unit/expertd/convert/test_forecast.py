@@ -3,6 +3,7 @@ from pathlib import Path
 from expertd.convert.checkpoint import read_checkpoint
 from expertd.convert.config import QuantizeConfig
 from expertd.convert.forecast import forecast_text, store_size, tiered_nbytes
+from expertd.convert.memory import Crew
 from expertd.convert.overrides import Override
 from expertd.convert.plan import plan_store
 from tests.support.checkpoints import write_checkpoint
@@ -13,7 +14,7 @@ def text_for(folder: Path, config: QuantizeConfig | None = None, *, is_fetched: 
         "someone/model",
         read_checkpoint(folder),
         config or QuantizeConfig(),
-        n_jobs=2,
+        crew=Crew(2, 3_000_000_000),
         seconds=5400.0,
         is_fetched=is_fetched,
     )
@@ -27,7 +28,8 @@ def test_it_says_what_the_model_is_and_how_long_it_takes(tmp_path: Path) -> None
         "someone/model: 2 layers of 4 experts, 2 per token, 0.00 billion weights, 0.00 GB in 3 shard(s)"
     )
     assert lines[-1] == (
-        "time: about 90 min on this machine with 2 worker(s), measured on one expert, if the Hub sends as fast as that"
+        "time: about 90 min on this machine with 2 worker(s), measured on one expert, if the Hub sends as fast as "
+        "that; they hold at most 3.00 GB"
     )
 
 

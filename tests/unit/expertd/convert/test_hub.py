@@ -27,8 +27,13 @@ def waited() -> list[float]:
 
 
 @pytest.fixture
-def hub(server: HubServer, waited: list[float]) -> Hub:
-    return Hub(server.endpoint, wait=waited.append)
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def hub(server: HubServer, waited: list[float], said: list[str]) -> Hub:
+    return Hub(server.endpoint, wait=waited.append, say=said.append)
 
 
 def fetch(hub: Hub, begin: int = 0) -> bytes:
@@ -84,6 +89,28 @@ def test_a_server_in_trouble_is_asked_again_and_again_after_longer_and_longer(
     assert waited == [0.0, 1.0, 2.0]
 
 
+def test_every_new_attempt_is_told_with_its_reason(hub: Hub, server: HubServer, said: list[str]) -> None:
+    server.faults.statuses = [503, 429, 500]
+
+    fetch(hub)
+
+    assert said == [
+        f"{REPO}: model.safetensors: the Hub answers with status 503; asking again at once (2 of 7)",
+        f"{REPO}: model.safetensors: the Hub answers with status 429; asking again in 1 s (3 of 7)",
+        f"{REPO}: model.safetensors: the Hub answers with status 500; asking again in 2 s (4 of 7)",
+    ]
+
+
+def test_a_connection_that_broke_after_it_brought_bytes_is_nothing_to_tell(
+    hub: Hub, server: HubServer, said: list[str]
+) -> None:
+    server.faults.cut_after = [100_000, 50_000]
+
+    fetch(hub)
+
+    assert said == []
+
+
 def test_a_server_that_stays_in_trouble_is_given_up(hub: Hub, server: HubServer, waited: list[float]) -> None:
     server.faults.statuses = [503] * 100
 
@@ -111,14 +138,21 @@ def test_a_status_that_will_not_change_is_not_asked_again(hub: Hub, server: HubS
     assert waited == []
 
 
-def test_a_hub_that_is_not_there_is_said_to_be_out_of_reach(waited: list[float]) -> None:
-    hub = Hub("http://127.0.0.1:9", wait=waited.append)
+def test_a_hub_that_is_not_there_is_said_to_be_out_of_reach_at_every_attempt(
+    waited: list[float], said: list[str]
+) -> None:
+    hub = Hub("http://127.0.0.1:9", wait=waited.append, say=said.append)
 
     with pytest.raises(FetchFailed) as failure:
         hub.list_files(REPO, None)
 
     assert str(failure.value).startswith(f"{REPO}: the Hub cannot be reached (")
     assert "\n" not in str(failure.value)
+    assert [line.rsplit("; ", 1)[1] for line in said] == [
+        "asking again at once (2 of 7)",
+        *(f"asking again in {2**n} s ({3 + n} of 7)" for n in range(5)),
+    ]
+    assert all(line.startswith(f"{REPO}: the Hub cannot be reached (") for line in said)
 
 
 @pytest.mark.parametrize(

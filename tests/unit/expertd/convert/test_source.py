@@ -11,7 +11,7 @@ def test_a_folder_goes_before_a_repository_of_its_name(tmp_path: Path, monkeypat
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 
-    assert open_source("owner/name", revision=None, discards=False) == LocalFolder(Path("owner/name"))
+    assert open_source("owner/name", revision=None, discards=False, say=print) == LocalFolder(Path("owner/name"))
 
 
 @pytest.mark.parametrize("text", ["nowhere", "/no/such/folder", "./a/b", "a/b/c", "owner/na me", "-x/y"])
@@ -19,7 +19,7 @@ def test_what_is_neither_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(CheckpointError) as refusal:
-        open_source(text, revision=None, discards=False)
+        open_source(text, revision=None, discards=False, say=print)
 
     assert str(refusal.value).startswith(f"{text}: no such folder; ")
 
@@ -31,7 +31,7 @@ def test_a_folder_has_no_revisions_and_is_never_deleted(
     tmp_path: Path, *, revision: str | None, discards: bool, option: str
 ) -> None:
     with pytest.raises(ConfigError) as refusal:
-        open_source(str(tmp_path), revision=revision, discards=discards)
+        open_source(str(tmp_path), revision=revision, discards=discards, say=print)
 
     assert str(refusal.value) == (
         f"{option}: {tmp_path} is no repository on the Hub; what is on this disk is left as it is"
