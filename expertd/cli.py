@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from expertd.errors import ExpertdError, StoreInvalid
-from expertd.progress import conversion_progress, progress_bar
+from expertd.progress import conversion_progress, progress_bar, say
 from expertd.view_commands import connect, doctor, status
 from protocol.errors import ProtocolError
 from protocol.version import LIBRARY_VERSION
@@ -85,7 +85,7 @@ def quantize(
         raise ExpertdError(f"{store}: {problem}, and no daemon could hold it")
     try:
         schemes = QuantizeConfig() if config is None else load_config(config)
-        files = open_source(source, revision=revision, discards=discard_source, say=_say)
+        files = open_source(source, revision=revision, discards=discard_source, say=say)
         if plan:
             from expertd.convert.dry_run import forecast
 
@@ -293,7 +293,7 @@ def _quantize(
 
     with conversion_progress() as on_progress:
         made = quantize_source(
-            files, store, schemes, force=force, n_jobs=jobs, discards=discards, on_progress=on_progress, say=_say
+            files, store, schemes, force=force, n_jobs=jobs, discards=discards, on_progress=on_progress, say=say
         )
     manifest = made.manifest
     nbytes = manifest.experts_nbytes + manifest.dense_nbytes
@@ -333,10 +333,6 @@ def _memory_wish(settings: "StoreConfig", memory: str | None, pin: Path | None) 
         raise click.UsageError(f"--memory: {what_a_size_is()}, {memory!r:.40} came")
     profile = pin or settings.pin
     return MemoryWish(nbytes, most_chosen(profile, PINNED_KEYS_MAX) if profile else ())
-
-
-def _say(line: str) -> None:
-    click.echo(f"expertd: {line}", err=True)
 
 
 def _start_in_foreground(

@@ -27,6 +27,11 @@ class Conversion(Protocol):
     def to_fetch_nbytes(self) -> int: ...  # noqa: D102
 
 
+def say(line: str) -> None:
+    """Write a line for the user, above the bars if there are any."""
+    sys.stderr.write(f"expertd: {line}\n")
+
+
 @contextmanager
 def progress_bar(word: str) -> Iterator[Callable[[int, int], None]]:
     """Give a function to be called with the bytes done and the bytes there are."""
@@ -47,7 +52,7 @@ def conversion_progress() -> Iterator[Callable[[Conversion], None]]:
         def write(conversion: Conversion) -> None:
             line = lines.line(conversion, now=time.monotonic())
             if line is not None:
-                sys.stderr.write(f"expertd: {line}\n")
+                say(line)
 
         yield write
         return

@@ -61,7 +61,7 @@ def forecast_text(
         _size_row("configured", chosen, checkpoint),
         "",
         "store: on disk, and in memory once for all runners",
-        "memory from, half: of a store larger than memory the least that must lie there "
+        "memory from, half: of a store larger than memory (expertd start --memory) the least that must lie there "
         f"({least_slots(model.top_k, chosen.n_experts)} experts at a time), and what half of the experts take",
         "GPU from: the least that a GPU with an expert cache holds",
         f"each runner: {_gb(kv_nbytes)} for a context of {_CONTEXT} tokens, and its own buffers",

@@ -55,7 +55,9 @@ def test_a_quantized_matrix_in_pieces_is_each_of_them_by_itself(tmp_path: Path, 
 
     pieces = [weight[:16], weight[16:32], weight[32:]]
     parts = [Part("w1", len(piece), COLS, scheme.name) for piece in pieces]
-    alone = [unpack(encode_part(piece, part), *piece.shape, scheme) for piece, part in zip(pieces, parts, strict=True)]
+    alone = [
+        unpack(encode_part(piece, part), len(piece), COLS, scheme) for piece, part in zip(pieces, parts, strict=True)
+    ]
     assert not encoded.is_in_order
     assert torch.equal(part_bytes, pack(joined(alone)))
     assert encoded.weight_error == weight_error(weight, encoded.part, part_bytes)
