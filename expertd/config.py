@@ -1,5 +1,6 @@
 """The daemon's settings: flag over file over default. The one place of the package that reads the environment."""
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class DaemonConfig:
     log_level: str = "info"
     log_format: str = "text"
     log_nbytes_max: int = 16_000_000
+    metrics: str = "off"
 
     @property
     def n_loader_threads(self) -> int:
@@ -48,6 +50,11 @@ class DaemonConfig:
     def of_store(self, path: Path) -> StoreConfig:
         """Return what is set for the store in that directory."""
         return self.stores.get(Path(os.path.realpath(path)), StoreConfig())
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | None:
+        """Where on the loopback metrics are served; None: nowhere, or at a socket."""
+        return _loopback_address(self.metrics)
 
 
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -107,6 +114,7 @@ def _checked(path: Path, values: dict[str, object]) -> DaemonConfig:
         log_level=_word(path, values, "log_level", _LOG_LEVELS),
         log_format=_word(path, values, "log_format", _LOG_FORMATS),
         log_nbytes_max=_log_nbytes_max(path, values),
+        metrics=_metrics(path, values),
     )
 
 
@@ -172,3 +180,22 @@ def _log_nbytes_max(path: Path, values: dict[str, object]) -> int:
         expected = f"a number of bytes, 0 or at least {_LOG_NBYTES_LEAST}, was expected"
         raise ConfigError(f"{path}: log_nbytes_max: {expected}, {value!r} came")
     return value
+
+
+def _metrics(path: Path, values: dict[str, object]) -> str:
+    value = values.get("metrics", DaemonConfig().metrics)
+    if isinstance(value, str) and (value in ("off", "unix") or _loopback_address(value) is not None):
+        return value
+    expected = '"off", "unix", or a loopback address and port like "127.0.0.1:9464" was expected'
+    raise ConfigError(f"{path}: metrics: {expected}, {value!r} came")
+
+
+def _loopback_address(text: str) -> tuple[str, int] | None:
+    """Return host and port; None for what is no address, or one that others on the network could reach."""
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]") if host.startswith("[") else host)
+    except ValueError:
+        return None
+    is_port = port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16
+    return (str(address), int(port)) if is_port and address.is_loopback else None

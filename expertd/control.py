@@ -206,7 +206,10 @@ class ControlLoop:
             return self._service.note_bad_message(session, str(error))
         fdpass.close_all(fds)
         reached(FaultPoint.DAEMON_MESSAGE_RECEIVED)
-        return self._service.handle(session, message, self._clock())
+        began_at = self._clock()
+        outcome = self._service.handle(session, message, began_at)
+        self._service.counters.request(message, outcome.reply, self._clock() - began_at)
+        return outcome
 
     def _take_offer(self, session: Session, offered: WholeOffer | None) -> Outcome | None:
         if offered is None:

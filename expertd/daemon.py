@@ -4,6 +4,7 @@
     request thread   RequestServer: ZeroMQ requests
     loader thread    one load at a time, with worker threads of its own; posts its result to the main thread
     proving thread   one offer of a client at a time, likewise
+    metrics thread   where they are wanted, `expertd.metrics`: looks under the lock, changes nothing
 
 SIGTERM and SIGINT drain: no new work, a word to every session, loads dropped. A second one ends at once. SIGHUP has a
 daemon in the background make its log anew; one in a terminal has lost it, and drains.
@@ -15,12 +16,14 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from expertd.adopter import Adopter
 from expertd.budget import ALL_THERE_IS, MemoryWish
@@ -52,6 +55,9 @@ from protocol.fault_points import FaultPoint, reached
 from protocol.messages import Code, Refused
 from protocol.runtime_dir import RuntimeDir
 from protocol.segment import check_seals_hold
+
+if TYPE_CHECKING:
+    from expertd.metrics import Figures
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +118,7 @@ class Daemon:
         self._awaited: list[HeldStore] = []
         self._failure: ExpertdError | None = None
         self._n_signals = 0
+        self._directory = directory
         self._log = log
         self._meter = MemoryMeter()
         now = time.monotonic()
@@ -170,12 +177,19 @@ class Daemon:
         again = [store for store in taken if store.loaded is None and not store.is_unloaded]
         unfinished = [self._service.begin_load(store.path, store.digest, store.wish) for store in again]
         self._requests.start()
-        try:
+        with self._ended_at_last(), self._metrics_served():
             for store in (*self._awaited, *unfinished):
                 self._start_load(store)
             self._control.post(self._tell_ready)
             logger.info("serving pid=%d stores=%d taken=%d", os.getpid(), len(orders), len(held))
             self._control.run()
+        if self._failure is not None:
+            raise self._failure
+
+    @contextmanager
+    def _ended_at_last(self) -> Iterator[None]:
+        try:
+            yield
         finally:
             self._manager.tell_stopping()
             self._requests.stop()
@@ -186,8 +200,32 @@ class Daemon:
             self._service.close()
             self._meter.close()
             logger.info("ended pid=%d", os.getpid())
-        if self._failure is not None:
-            raise self._failure
+
+    @contextmanager
+    def _metrics_served(self) -> Iterator[None]:
+        """Serve metrics meanwhile, if they are wanted; without them nothing of it is imported, and no thread runs."""
+        if self._config.metrics == "off":
+            yield
+            return
+        from expertd.metrics import MetricsServer
+
+        with MetricsServer(self._config.metrics_address or self._directory.metrics_socket, self._figures):
+            yield
+
+    def _figures(self) -> "Figures":
+        from expertd.metrics import Figures
+
+        with self._lock:
+            held, now = self._service.held_stores(), time.monotonic()
+            loaded = [store.loaded for store in held if store.loaded is not None]
+            return Figures(
+                status=self._service.status(now),
+                counters=self._service.counters.copy(),
+                slot_use=self._service.slot_use(now),
+                n_segments=sum(len(store.fds) for store in loaded),
+                huge_nbytes=sum(store.huge_nbytes for store in loaded),
+                leases_lost={store.digest: store.tiered.slots.n_leases_lost for store in held if store.tiered},
+            )
 
     def _hold(self, taken: Sequence[TakenStore]) -> set[str]:
         """Serve what is in memory already; return its digests."""

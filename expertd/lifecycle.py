@@ -61,6 +61,7 @@ class DaemonLock:
     def _unlink_sockets(self) -> None:
         self._directory.control_socket.unlink(missing_ok=True)
         self._directory.request_socket.unlink(missing_ok=True)
+        self._directory.metrics_socket.unlink(missing_ok=True)
 
 
 def _lock(fd: int, within_s: float) -> bool:

@@ -157,7 +157,11 @@ class RequestServer(threading.Thread):
                 self._drop_session(session)
             return [Reply(session, RequestRefusal(0, outcome.reply))] if isinstance(outcome.reply, Refused) else []
         reached(FaultPoint.DAEMON_REQUEST_RECEIVED)
-        return self._service.handle_request(session, message, self._clock())
+        began_at = self._clock()
+        replies = self._service.handle_request(session, message, began_at)
+        own = next((reply.message for reply in replies if reply.session is session), None)
+        self._service.counters.request(message, own, self._clock() - began_at)
+        return replies
 
     def _send(self, replies: list[Reply]) -> None:
         for reply in replies:

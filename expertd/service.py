@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertd.budget import ALL_THERE_IS, MemoryWish
+from expertd.counters import BadMessage, Counters, Rejection, SlotUse
 from expertd.host_slots import SessionFigures
 from expertd.loader import LoadedStore
 from expertd.offers import Adoption, Offers
@@ -82,6 +83,7 @@ class Service:
         self._stores = StoreTable()
         self.offers = Offers(self._stores, self._sessions)
         self._n_bad_messages = 0
+        self.counters = Counters()
         self._is_draining = False
         self._wake_requests = wake_requests
         self._unsent: list[Reply] = []
@@ -91,11 +93,11 @@ class Service:
     def open_session(self, peer: Credentials, now: float) -> Session | Refused:
         """Return a session for a new connection, or why there is none."""
         if peer.uid != self._uid:
-            return Refused(Code.BAD_MESSAGE, "another user")
+            return self._reject(Rejection.ANOTHER_USER, Refused(Code.BAD_MESSAGE, "another user"))
         if len(self._sessions) >= SESSIONS_MAX:
-            return Refused(Code.TOO_MANY, f"{SESSIONS_MAX} sessions are open")
+            return self._reject(Rejection.TOO_MANY, Refused(Code.TOO_MANY, f"{SESSIONS_MAX} sessions are open"))
         if self._is_draining:
-            return Refused(Code.DRAINING, "expertd is stopping")
+            return self._reject(Rejection.DRAINING, Refused(Code.DRAINING, "expertd is stopping"))
         return self._sessions.open(peer, now)
 
     def close_session(self, session: Session, now: float) -> None:
@@ -105,6 +107,7 @@ class Service:
         if store is None or not is_open:
             return
         self._busy_at = now
+        self.counters.ended_sessions.add(self._figures(session, now))
         if store.tiered:
             self._send_later(store.tiered.close_session(session.session_id, now))
         if store.state is StoreState.ORPHANED and not self._sessions.attached_to(store):
@@ -112,7 +115,9 @@ class Service:
 
     def overdue_sessions(self, now: float) -> list[Session]:
         """Return the sessions to be dropped because they never said hello."""
-        return self._sessions.overdue(now, HELLO_WITHIN_S)
+        overdue = self._sessions.overdue(now, HELLO_WITHIN_S)
+        self.counters.rejections[Rejection.NO_HELLO] += len(overdue)
+        return overdue
 
     def idle_s(self, now: float) -> float:
         """Return for how long no runner was attached and nothing was loading."""
@@ -121,11 +126,13 @@ class Service:
             self._busy_at = now
         return now - self._busy_at
 
-    def note_bad_message(self, session: Session, detail: str) -> Outcome:
+    def note_bad_message(self, session: Session, detail: str, reason: BadMessage = BadMessage.MALFORMED) -> Outcome:
         """Count a message that is none; the third one ends the session."""
         self._n_bad_messages += 1
+        self.counters.bad_messages[reason] += 1
         session.n_bad_messages += 1
         must_drop = session.n_bad_messages >= BAD_MESSAGES_MAX
+        self.counters.rejections[Rejection.BAD_MESSAGES] += must_drop
         logger.warning(
             "bad message session=%d uid=%d pid=%d count=%d detail=%s",
             session.session_id, session.peer.uid, session.peer.pid, session.n_bad_messages, detail,
@@ -135,6 +142,7 @@ class Service:
     def note_stray_frame(self) -> None:
         """Count a frame on the request channel that belongs to no session."""
         self._n_bad_messages += 1
+        self.counters.bad_messages[BadMessage.STRAY] += 1
 
     # --- control channel ------------------------------------------------------------------------------------------
 
@@ -143,7 +151,7 @@ class Service:
         if isinstance(message, m.Hello):
             return self._welcome(session, message)
         if session.token is None:
-            return self.note_bad_message(session, f"{type(message).__name__} came before Hello")
+            return self.note_bad_message(session, f"{type(message).__name__} came before Hello", BadMessage.UNEXPECTED)
         match message:
             case m.GetStatus():
                 return Outcome(self.status(now))
@@ -155,7 +163,8 @@ class Service:
                 return self._unload(digest)
             case m.Stop():
                 return Outcome(m.Stopping(), must_stop=True)
-        return self.note_bad_message(session, f"{type(message).__name__} is not for the control channel")
+        detail = f"{type(message).__name__} is not for the control channel"
+        return self.note_bad_message(session, detail, BadMessage.UNEXPECTED)
 
     def offer(self, session: Session, message: m.Offer, fds: list[int], now: float) -> Outcome:
         """Return what to do about an offer; unless there is an adoption, the descriptors stay the caller's."""
@@ -183,8 +192,15 @@ class Service:
             available_nbytes=memory.available_nbytes,
             n_bad_messages=self._n_bad_messages,
             stores=tuple(self._store_status(store) for store in self._stores.all()),
-            sessions=tuple(self._session_status(session, now) for session in self._sessions),
+            sessions=tuple(session.status(self._figures(session, now), now) for session in self._sessions),
         )
+
+    def slot_use(self, now: float) -> SlotUse:
+        """Return what all sessions since the start have had of slots."""
+        use = self.counters.copy().ended_sessions
+        for session in self._sessions:
+            use.add(self._figures(session, now))
+        return use
 
     def drain(self) -> None:
         """Take no new work from here on."""
@@ -219,12 +235,14 @@ class Service:
     def store_loaded(self, store: HeldStore, loaded: LoadedStore, now: float) -> None:
         """Make a loaded store available."""
         self._busy_at = now
+        self.counters.load(store.progress.loaded_nbytes, loaded.load_s)
         self._stores.finish(store, loaded)
 
     def store_failed(self, store: HeldStore, code: Code, detail: str) -> None:
         """Note why a store could not be loaded; lack of memory names who still holds an unloaded store."""
         if code is Code.OUT_OF_MEMORY:
             detail += self._orphans_hint()
+        self.counters.n_load_failures += 1
         self._stores.fail(store, Refused(code, _clipped(detail, 512)))
 
     # --- request channel ------------------------------------------------------------------------------------------
@@ -239,7 +257,7 @@ class Service:
         tiered = session.store.tiered if session.store else None
         match message:
             case m.GetStats(request_id):
-                return [Reply(session, self._stats(session, request_id, now))]
+                return [Reply(session, session.stats(request_id, self._figures(session, now), now))]
             case m.Acquire(request_id, keys) if tiered:
                 unknown = tiered.first_unknown(keys)
                 if unknown is not None:
@@ -271,14 +289,18 @@ class Service:
 
     # --- private --------------------------------------------------------------------------------------------------
 
+    def _reject(self, why: Rejection, refusal: Refused) -> Refused:
+        self.counters.rejections[why] += 1
+        return refusal
+
     def _welcome(self, session: Session, hello: m.Hello) -> Outcome:
         if session.token is not None:
-            return self.note_bad_message(session, "a second Hello came")
+            return self.note_bad_message(session, "a second Hello came", BadMessage.UNEXPECTED)
         version = min(hello.highest_version, HIGHEST_PROTOCOL_VERSION)
         if version < max(hello.lowest_version, LOWEST_PROTOCOL_VERSION):
             mine = f"{LOWEST_PROTOCOL_VERSION} to {HIGHEST_PROTOCOL_VERSION}"
             detail = f"expertd {LIBRARY_VERSION} speaks protocol versions {mine}"
-            return Outcome(Refused(Code.VERSION_MISMATCH, detail), must_drop=True)
+            return Outcome(self._reject(Rejection.VERSION, Refused(Code.VERSION_MISMATCH, detail)), must_drop=True)
         token = self._new_token(TOKEN_NBYTES)
         self._sessions.welcome(session, token, _clipped(hello.library_version, 32))
         return Outcome(m.Welcome(version, LIBRARY_VERSION, self._pid, token))
@@ -328,38 +350,6 @@ class Service:
 
     def _store_status(self, store: HeldStore) -> m.StoreStatus:
         return store.status(len(self._sessions.attached_to(store)))
-
-    def _session_status(self, session: Session, now: float) -> m.SessionStatus:
-        figures = self._figures(session, now)
-        return m.SessionStatus(
-            pid=session.peer.pid,
-            library_version=session.library_version,
-            age_s=max(0.0, now - session.opened_at),
-            digest=session.store.digest if session.store else None,
-            n_leases=figures.n_leases,
-            n_hits=figures.n_hits,
-            n_misses=figures.n_misses,
-            read_nbytes=figures.read_nbytes,
-            waited_s=figures.waited_s,
-        )
-
-    def _stats(self, session: Session, request_id: int, now: float) -> m.Stats:
-        figures = self._figures(session, now)
-        return m.Stats(
-            request_id=request_id,
-            age_s=max(0.0, now - session.opened_at),
-            n_requests=session.n_requests,
-            n_refused=session.n_refused,
-            n_leases=figures.n_leases,
-            n_hits=figures.n_hits,
-            n_misses=figures.n_misses,
-            n_prefetch_used=figures.n_hints_used,
-            n_prefetch_late=figures.n_hints_late,
-            n_prefetch_wasted=figures.n_hints_wasted,
-            n_prefetch_dropped=figures.n_hints_dropped,
-            read_nbytes=figures.read_nbytes,
-            waited_s=figures.waited_s,
-        )
 
     def _figures(self, session: Session, now: float) -> SessionFigures:
         tiered = session.store.tiered if session.store else None

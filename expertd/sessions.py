@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from expertd.host_slots import SessionFigures
 from expertd.stores import HeldStore
 from protocol.fdpass import Credentials
+from protocol.messages import SessionStatus, Stats
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +23,38 @@ class Session:
     n_requests: int = 0
     n_refused: int = 0
     routing_id: bytes = b""  # where its answers go, from its last request; the request thread's
+
+    def status(self, figures: SessionFigures, now: float) -> SessionStatus:
+        """Return what `status` shows of this session."""
+        return SessionStatus(
+            pid=self.peer.pid,
+            library_version=self.library_version,
+            age_s=max(0.0, now - self.opened_at),
+            digest=self.store.digest if self.store else None,
+            n_leases=figures.n_leases,
+            n_hits=figures.n_hits,
+            n_misses=figures.n_misses,
+            read_nbytes=figures.read_nbytes,
+            waited_s=figures.waited_s,
+        )
+
+    def stats(self, request_id: int, figures: SessionFigures, now: float) -> Stats:
+        """Return what this session is told of itself."""
+        return Stats(
+            request_id=request_id,
+            age_s=max(0.0, now - self.opened_at),
+            n_requests=self.n_requests,
+            n_refused=self.n_refused,
+            n_leases=figures.n_leases,
+            n_hits=figures.n_hits,
+            n_misses=figures.n_misses,
+            n_prefetch_used=figures.n_hints_used,
+            n_prefetch_late=figures.n_hints_late,
+            n_prefetch_wasted=figures.n_hints_wasted,
+            n_prefetch_dropped=figures.n_hints_dropped,
+            read_nbytes=figures.read_nbytes,
+            waited_s=figures.waited_s,
+        )
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
     control.sock   SEQPACKET: sessions, descriptors, administration
     request.sock   ZeroMQ ROUTER
+    metrics.sock   figures for Prometheus, where they are wanted
     lock           held with flock by the one daemon; whoever holds it may unlink stale sockets
     log            what the daemon wrote when it was started in the background
 
@@ -39,6 +40,11 @@ class RuntimeDir:
     def request_endpoint(self) -> str:
         """The ZeroMQ name of the request socket."""
         return f"ipc://{self.request_socket}"
+
+    @property
+    def metrics_socket(self) -> Path:
+        """The socket of figures for Prometheus."""
+        return self.path / "metrics.sock"
 
     @property
     def lock(self) -> Path:

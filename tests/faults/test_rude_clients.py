@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from expertd.log_limits import BURST
 from protocol import fdpass
 from protocol import messages as m
 from protocol.codec import decode, encode
@@ -97,7 +98,7 @@ def test_who_says_no_hello_is_dropped_however_many_they_are(
 
     assert all(dropped)
     assert n_sessions == 1
-    assert daemon.log.count("no hello in time") == SESSIONS_MAX
+    assert BURST <= daemon.log.count("no hello in time") < SESSIONS_MAX
 
 
 def test_one_session_too_many_is_told_why_and_room_is_made_by_leaving(daemon: DaemonProcess) -> None:

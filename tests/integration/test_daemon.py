@@ -189,7 +189,7 @@ def test_an_unused_daemon_ends_after_the_idle_timeout(runtime: RuntimeDir) -> No
         code = daemon.process.wait(timeout=20)
 
     assert code == 0
-    assert "idle for" in daemon.log
+    assert "idle, ending" in daemon.log
     assert not runtime.control_socket.exists()
 
 
@@ -213,7 +213,7 @@ def test_an_attached_runner_keeps_the_daemon_and_its_end_lets_it_go(runtime: Run
 
     assert alive
     assert code == 0
-    assert "idle for" in daemon.log
+    assert "idle, ending" in daemon.log
 
 
 def test_an_empty_daemon_is_small(daemon: DaemonProcess) -> None:

@@ -74,6 +74,18 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path: Path) -> None:
         "loader_threads = true",
         'log_level = "loud"',
         "log_level = 3",
+        'log_format = "xml"',
+        "log_nbytes_max = 99999",
+        "log_nbytes_max = true",
+        'metrics = "on"',
+        'metrics = "9464"',
+        "metrics = 9464",
+        'metrics = "0.0.0.0:9464"',
+        'metrics = "192.168.1.2:9464"',
+        'metrics = "[::]:9464"',
+        'metrics = "localhost:9464"',
+        'metrics = "127.0.0.1:0"',
+        'metrics = "127.0.0.1:65536"',
     ],
 )
 def test_a_wrong_value_is_refused_with_file_key_and_what_was_expected(tmp_path: Path, line: str) -> None:
@@ -107,3 +119,16 @@ def test_the_runtime_directory_can_be_chosen(tmp_path: Path, monkeypatch: pytest
     directory = my_runtime_dir()
 
     assert directory.control_socket == tmp_path / "control.sock"
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("off", None), ("unix", None), ("127.0.0.1:9464", ("127.0.0.1", 9464)), ("[::1]:9464", ("::1", 9464))],
+)
+def test_metrics_have_an_address_on_the_loopback_or_none(
+    tmp_path: Path, text: str, address: tuple[str, int] | None
+) -> None:
+    config = load_config(write(tmp_path, f'metrics = "{text}"\n'))
+
+    assert config.metrics == text
+    assert config.metrics_address == address
