@@ -29,6 +29,9 @@ class SessionDemand:
     n_misses: int = 0
     read_nbytes: int = 0
     hint_counters: HintCounters = field(default_factory=HintCounters)
+    # Which turn was its last: whoever had none for longest is next.
+    turn: int = 0
+    hint_turn: int = 0
     n_awaiting: int = 0
     _waiting_since: float = 0.0
     _waited_s: float = 0.0
@@ -57,9 +60,9 @@ class DemandTable:
 
     def __init__(self) -> None:
         self._sessions: OrderedDict[int, SessionDemand] = OrderedDict()
-        # Whose turn it is: the first of those that want something. A session goes to the end after its turn.
-        self._turns: OrderedDict[int, SessionDemand] = OrderedDict()
-        self._hint_turns: OrderedDict[int, SessionDemand] = OrderedDict()
+        self._wanting: dict[int, SessionDemand] = {}
+        self._hinting: dict[int, SessionDemand] = {}
+        self._n_turns = 0
         self.awaiting: dict[ExpertKey, dict[int, SessionDemand]] = {}
 
     def __iter__(self) -> Iterator[SessionDemand]:
@@ -80,11 +83,11 @@ class DemandTable:
     @property
     def is_wanting(self) -> bool:
         """Whether an expert is waited for whose reading has not begun."""
-        return bool(self._turns)
+        return bool(self._wanting)
 
     def wanting(self) -> list[SessionDemand]:
         """Return the sessions that want something to be read, in the order of their turns."""
-        return list(self._turns.values())
+        return sorted(self._wanting.values(), key=lambda demand: demand.turn)
 
     def await_keys(
         self, demand: SessionDemand, request_id: int, keys: Iterable[ExpertKey], now: float
@@ -104,14 +107,14 @@ class DemandTable:
     def want(self, demand: SessionDemand, key: ExpertKey) -> None:
         """Have an expert read in the session's turn."""
         demand.wanted[key] = None
-        self._turns.setdefault(demand.session, demand)
+        self._wanting[demand.session] = demand
 
     def begin(self, key: ExpertKey, taker: SessionDemand) -> None:
         """Note that an expert is being read, in that session's turn."""
         for demand in self.awaiting[key].values():
             self._no_longer_wanted(demand, key)
-        if taker.session in self._turns:
-            self._turns.move_to_end(taker.session)
+        self._n_turns += 1
+        taker.turn = self._n_turns
 
     def end(self, key: ExpertKey, now: float) -> list[tuple[SessionDemand, int, int]]:
         """Note that nobody waits for an expert any more; return session, request and what that still awaits."""
@@ -152,7 +155,7 @@ class DemandTable:
     def _no_longer_wanted(self, demand: SessionDemand, key: ExpertKey) -> None:
         demand.wanted.pop(key, None)
         if not demand.wanted:
-            self._turns.pop(demand.session, None)
+            self._wanting.pop(demand.session, None)
 
     # --- what is foreseen -----------------------------------------------------------------------------------------
 
@@ -163,33 +166,37 @@ class DemandTable:
         demand.hint_counters.n_dropped += len((demand.hints.keys() | set(keys)) - hints.keys())
         demand.hints = hints
         if demand.hints:
-            self._hint_turns.setdefault(demand.session, demand)
+            self._hinting[demand.session] = demand
         else:
-            self._hint_turns.pop(demand.session, None)
+            self._hinting.pop(demand.session, None)
 
     def note_too_late(self, key: ExpertKey) -> None:
         """Note that an expert is waited for whose hints nobody had acted on."""
-        for demand in list(self._hint_turns.values()):
+        for demand in self._hinting.values():
             if key in demand.hints:
                 del demand.hints[key]
                 demand.hint_counters.n_late += 1
 
     def next_hint(self, now: float) -> tuple[ExpertKey, Hint] | None:
         """Return what is to be read next of all that is foreseen, by turns; what is too late is dropped."""
-        while self._hint_turns:
-            session, demand = next(iter(self._hint_turns.items()))
+        while self._hinting:
+            demand = self._next_hinting()
             demand.drop_hints([key for key, deadline in demand.hints.items() if deadline <= now])
             if demand.hints:
                 key, deadline = next(iter(demand.hints.items()))
                 return key, Hint(demand.hint_counters, deadline)
-            del self._hint_turns[session]
+            del self._hinting[demand.session]
         return None
 
     def begin_hint(self, key: ExpertKey) -> None:
-        """Note that a foreseen expert is being read, or need not be: the session whose turn it was goes to the end."""
-        self._hint_turns.move_to_end(next(iter(self._hint_turns)))
-        for demand in self._hint_turns.values():
+        """Note that the foreseen expert that was next is being read."""
+        self._n_turns += 1
+        self._next_hinting().hint_turn = self._n_turns
+        for demand in self._hinting.values():
             demand.hints.pop(key, None)
+
+    def _next_hinting(self) -> SessionDemand:
+        return min(self._hinting.values(), key=lambda demand: demand.hint_turn)
 
     # --- the end --------------------------------------------------------------------------------------------------
 
@@ -201,4 +208,4 @@ class DemandTable:
         for request_id in list(demand.requests):
             self.forget_request(demand, request_id, now)
         demand.drop_hints(demand.hints)
-        self._hint_turns.pop(session, None)
+        self._hinting.pop(session, None)

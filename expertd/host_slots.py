@@ -12,7 +12,7 @@ sockets, files, threads nor bytes. Its rules:
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from expertd.demand import DemandTable, SessionDemand
@@ -58,6 +58,15 @@ class Actions:
     reads: list[SlotRead] = field(default_factory=list)
     hastened: list[ExpertKey] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
+
+    def grant(self, grant: Grant) -> None:
+        """Add an answer; several to one request become one."""
+        for index, earlier in enumerate(self.grants):
+            if (earlier.session, earlier.request_id) == (grant.session, grant.request_id):
+                granted, refused = earlier.granted + grant.granted, earlier.refused + grant.refused
+                self.grants[index] = replace(grant, granted=granted, refused=refused)
+                return
+        self.grants.append(grant)
 
 
 @dataclass(slots=True)
@@ -116,7 +125,7 @@ class HostSlots:
                 pending.append(key)
         self._await(demand, request_id, pending, actions)
         if granted or refused or not pending:
-            actions.grants.append(Grant(session, request_id, tuple(granted), tuple(refused), len(pending)))
+            actions.grant(Grant(session, request_id, tuple(granted), tuple(refused), len(pending)))
         self._start_reads(actions)
         return actions
 
@@ -135,7 +144,7 @@ class HostSlots:
     def prefetch(self, session: int, keys: Iterable[ExpertKey], deadline: float, now: float) -> Actions:
         """Have experts read that may be needed until then; they replace what this session foresaw before."""
         demand = self._seen(session, now)
-        absent = [key for key in keys if self._pool.find(key) is None and key not in self.corrupt]
+        absent = [key for key in keys if not self._needs_no_hint(key)]
         self._demand.hint(demand, absent, deadline)
         return self._started()
 
@@ -245,6 +254,9 @@ class HostSlots:
             elif reading.taker is None:
                 self._hasten(demand, key, reading, actions)
 
+    def _needs_no_hint(self, key: ExpertKey) -> bool:
+        return self._pool.find(key) is not None or key in self._demand.awaiting or key in self.corrupt
+
     def _hasten(self, demand: SessionDemand, key: ExpertKey, reading: _Reading, actions: Actions) -> None:
         """Somebody waits for what is being read on a hint."""
         reading.taker = demand
@@ -279,7 +291,7 @@ class HostSlots:
         granted = ((key, slot.number),) if outcome is ReadOutcome.WHOLE else ()
         refused = () if outcome is ReadOutcome.WHOLE else ((key, outcome),)
         for demand, request_id, n_awaited in waiting:
-            actions.grants.append(Grant(demand.session, request_id, granted, refused, n_awaited))
+            actions.grant(Grant(demand.session, request_id, granted, refused, n_awaited))
 
     def _start_reads(self, actions: Actions) -> None:
         while self._demand.is_wanting and self._n_awaited_reads < self._n_reads_max:

@@ -12,8 +12,11 @@ from protocol.control_client import ControlClient
 from protocol.handles import ExpertKey
 from protocol.manifest import Manifest
 from protocol.runtime_dir import RuntimeDir
+from runner.traces.json_lines import TraceWriter
+from runner.traces.record import DECODE, TokenRouting, TraceShape
 from tests.support.daemon import DaemonProcess, background_pid, run_expertd, stop_background_daemon
 from tests.support.stores import EXPERTS_FILE, flip_byte, write_random_store
+from tests.support.tiers import memory_for
 
 
 @pytest.fixture
@@ -241,3 +244,42 @@ def test_unloading_what_is_not_held_says_what_is(daemon: DaemonProcess, store: P
 
     assert result.returncode == 1
     assert f"held: {store} ({manifest.digest[:12]})" in one_line(result.stderr)
+
+
+@pytest.mark.usefixtures("background")
+def test_a_store_larger_than_its_memory_is_said_in_one_clear_line(store: Path, manifest: Manifest) -> None:
+    memory = memory_for(manifest, n_slots=5)
+    trace = store.parent / "trace.jsonl"
+    with trace.open("w") as file:
+        writer = TraceWriter(file, TraceShape(2, 4, 2))
+        writer.write(TokenRouting(DECODE, ((1, 2), (0, 3))))
+
+    started = run_expertd("start", store, "--memory", str(memory), "--pin", trace)
+    too_little = run_expertd("start", store, "--memory", "lots")
+
+    assert started.returncode == 0, started.stderr
+    (line,) = [line for line in started.stderr.splitlines() if str(store) in line]
+    assert "dense weights and 1 pinned experts stay there, 4 slots of 0.0 MB are for the other 7 experts" in line
+    assert (too_little.returncode, "a number and one of" in too_little.stderr) == (2, True)
+
+
+def test_what_is_set_for_a_store_in_the_users_file_holds_when_it_is_started(
+    background: RuntimeDir, store: Path, manifest: Manifest
+) -> None:
+    config = background.path.parent / "config" / "expertd" / "expertd.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text(f'[stores."{store}"]\nmemory = "{memory_for(manifest, n_slots=6)}"\n')
+
+    started = run_expertd("start", store)
+
+    assert "6 slots" in started.stderr
+
+
+def test_less_memory_than_the_least_is_refused_with_the_least(
+    background: RuntimeDir, store: Path, manifest: Manifest
+) -> None:
+    started = run_expertd("start", store, "--memory", str(manifest.dense_nbytes))
+
+    assert started.returncode == 1
+    assert "needs at least 0.00 GB" in started.stderr
+    stop_background_daemon(background)

@@ -1,5 +1,6 @@
 """A store larger than its memory, asked by raw clients: what they are granted is what the files hold, read once."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 from protocol import messages as m
 from protocol.handles import ExpertKey
 from protocol.manifest import Manifest
-from protocol.messages import Code, Granted, StoreStatus
+from protocol.messages import Code, Granted, StoreState, StoreStatus
 from protocol.runtime_dir import RuntimeDir
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import DaemonProcess, running_daemon
+from tests.support.page_cache import cached_nbytes, drop_cached
 from tests.support.request_client import RequestClient, file_bytes
+from tests.support.segments import is_held, segments_of_all
 from tests.support.stores import EXPERTS_FILE, flip_byte
 from tests.support.tiers import load_tiered
 from tests.support.waiting import wait_until
@@ -235,11 +238,12 @@ def test_a_budget_below_the_least_is_refused_with_the_least(
 def test_a_store_that_fits_its_budget_is_resident(daemon: DaemonProcess, store: Path, manifest: Manifest) -> None:
     with daemon.client() as admin:
         admin.ask(m.Load(str(store), manifest.digest, 1 << 30), StoreStatus)
-    wait_until(lambda: daemon.store(manifest.digest).loaded_nbytes > 0, "the store to be loaded")
+    wait_until(lambda: daemon.store(manifest.digest).state is StoreState.READY, "the store to be loaded")
 
     held = daemon.store(manifest.digest)
 
-    assert (held.n_slots, held.memory_nbytes, held.nbytes) == (0, 1 << 30, held.loaded_nbytes)
+    nbytes = manifest.dense_nbytes + manifest.experts_nbytes
+    assert (held.n_slots, held.memory_nbytes, held.nbytes) == (0, 1 << 30, nbytes)
 
 
 def test_the_budget_is_kept_and_said(held: StoreStatus, daemon: DaemonProcess) -> None:
@@ -256,3 +260,67 @@ def test_more_than_all_slots_can_be_asked_for_at_once(client: RequestClient, man
     granted = client.acquire(*manifest.experts, after_each=give_back)
 
     assert sorted(handle.key for handle in granted.handles) == sorted(manifest.experts)
+
+
+def test_a_frozen_sessions_lease_goes_to_who_needs_it_and_its_late_look_sees_that(
+    client: RequestClient, other: RequestClient, store: Path
+) -> None:
+    handle = client.acquire(A, B, C, D).handles[0]
+    entry = client.table.present()[handle.key]  # and then no word more: it stands still
+
+    granted = other.acquire(E)
+
+    assert other.bytes_of(granted.handles[0]) == file_bytes(store, other.catalogue, E)
+    taken = [key for key in (A, B, C, D) if key not in other.table.present()]
+    assert len(taken) == 1
+    assert client.table.still_holds(handle.key, entry) == (handle.key not in taken)
+    assert client.stats().n_leases == 3
+
+
+def test_memory_is_what_the_budget_says_when_every_slot_was_filled(
+    client: RequestClient, held: StoreStatus, daemon: DaemonProcess, manifest: Manifest
+) -> None:
+    for key in manifest.experts:
+        client.acquire(key)
+        client.release(key)
+
+    in_segments = sum(segments_of_all(daemon, os.getpid()).values())
+
+    assert held.memory_nbytes is not None
+    catalogue_nbytes = 64 << 10  # the catalogue has a segment of its own, as in a resident store
+    assert held.nbytes <= in_segments <= held.memory_nbytes + catalogue_nbytes
+    assert daemon.store(manifest.digest).n_used_slots == held.n_slots
+
+
+def test_no_second_copy_of_what_was_read_stays_in_the_page_cache(
+    client: RequestClient, store: Path, manifest: Manifest
+) -> None:
+    drop_cached(store / EXPERTS_FILE)
+
+    for key in manifest.experts:
+        client.acquire(key)
+        client.release(key)
+
+    assert cached_nbytes(store / EXPERTS_FILE) <= manifest.experts[A].nbytes
+
+
+def test_what_is_unloaded_while_it_is_being_read_leaves_nothing(
+    runtime: RuntimeDir, store: Path, manifest: Manifest
+) -> None:
+    config = store.parent / "slow.toml"
+    config.write_text('read_limit = "10kB/s"\n')
+    with running_daemon(runtime, "--config", str(config)) as daemon:
+        load_tiered(daemon, store, manifest, n_slots=4)
+        n_fds = daemon.n_fds() if os.geteuid() == 0 else 0
+        with RequestClient(runtime, manifest.digest) as leaving:
+            leaving.send_acquire(A, B)
+            wait_until(lambda: daemon.store(manifest.digest).n_used_slots == 2, "the reads to begin")
+            with daemon.client() as admin:
+                admin.ask(m.Unload(manifest.digest), m.Unloaded)
+
+        wait_until(lambda: not daemon.status().stores, "the orphan to go")
+
+        if n_fds:
+            wait_until(lambda: daemon.n_fds() < n_fds, "the store's files to be closed")
+            assert not is_held(daemon, segments_of_all(daemon))
+        assert daemon.terminate() == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertd.config import DaemonConfig, load_config, my_runtime_dir
+from expertd.config import DaemonConfig, StoreConfig, load_config, my_runtime_dir
 from expertd.errors import ConfigError
 
 MANUAL = Path(__file__).parents[3] / "configs" / "expertd.toml"
@@ -132,3 +132,44 @@ def test_metrics_have_an_address_on_the_loopback_or_none(
 
     assert config.metrics == text
     assert config.metrics_address == address
+
+
+def test_what_is_set_for_a_store_is_found_by_any_path_to_it(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "link").symlink_to("store")
+    text = f'[stores."{tmp_path}/link"]\nmemory = "1.5GiB"\npin = "trace.jsonl"\n'
+
+    config = load_config(write(tmp_path, text))
+
+    expected = StoreConfig(3 << 29, tmp_path / "trace.jsonl")
+    assert config.of_store(tmp_path / "store") == config.of_store(tmp_path / "link") == expected
+    assert config.of_store(tmp_path / "another") == StoreConfig()
+
+
+def test_a_speed_limit_is_read(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, 'read_limit = "1.5GB/s"\n'))
+
+    assert config.read_limit_nbytes_per_s == 1_500_000_000
+    assert DaemonConfig().read_limit_nbytes_per_s is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("read_limit = 5", "read_limit: a speed like '1.5GB/s' or '' was expected, 5 came"),
+        ('read_limit = "5GB"', "read_limit: a speed"),
+        ('read_limit = "0GB/s"', "read_limit: a speed"),
+        ("reader_threads = 0", "reader_threads: a whole number from 1 to 256"),
+        ("stores = 5", "stores: a table for each store was expected"),
+        ("[stores]\nx = 5", 'stores."x": a table was expected'),
+        ('[stores.x]\nmemory = "much"', r'stores\."x": memory: a number and one of'),
+        ("[stores.x]\nmemory = 5", r'stores\."x": memory: a number and one of'),
+        ("[stores.x]\npin = 5", r'stores\."x": pin: the path of a profile'),
+        ('[stores.x]\nmemroy = "5GB"', "unknown key 'memroy'; did you mean 'memory'"),
+    ],
+)
+def test_a_mistake_in_what_concerns_stores_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text + "\n")
+
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
