@@ -58,7 +58,7 @@ class TieredExperts:
         self._clock = clock
         self._n_layers = store.manifest.model.n_layers
         self._tally = Tally()
-        self._step_began_s = 0.0
+        self._step_began_s, self._n_misses_before = 0.0, 0
         self._use(slots)
 
     @property
@@ -78,7 +78,7 @@ class TieredExperts:
         """
         n_tokens = expert_ids.shape[0]
         if layer == 0:
-            self._step_began_s = self._clock()
+            self._step_began_s, self._n_misses_before = self._clock(), self._tally.misses
         out = torch.empty(n_tokens, hidden_states.shape[1])
         call = ExpertCall(layer, hidden_states, expert_ids, weights, out)
         groups = by_last_token(expert_ids)
@@ -86,7 +86,8 @@ class TieredExperts:
         if layer == self._n_layers - 1:
             self._in_some_session(self._end_step)
             if self._guard is not None and n_tokens <= DECODE_TOKENS_MAX:
-                self._guard.observe(self._clock() - self._step_began_s, n_tokens)
+                n_misses = self._tally.misses - self._n_misses_before
+                self._guard.observe(self._clock() - self._step_began_s, n_tokens, n_misses)
         return out
 
     def prefetch(self, layer: int, guess: Guess) -> None:
