@@ -36,7 +36,7 @@ def inspect_text(path: Path, manifest: Manifest) -> str:
             f"{_gb(manifest.dense_nbytes)} GB",
         ),
         ("solver", manifest.solver),
-        ("one expert", _expert_line(manifest)),
+        *_expert_rows(manifest),
         ("files", ", ".join(file.name for file in manifest.files)),
     ]
     words = "\n".join(f"{name:<11} {text}" for name, text in rows)
@@ -53,7 +53,7 @@ def inspect_json(manifest: Manifest) -> dict[str, object]:
         "schemes": asdict(manifest.schemes),
         "solver": manifest.solver,
         "n_experts_in_all": len(experts),
-        "expert_nbytes": next(iter(experts.values())).nbytes,
+        "expert_nbytes": max(record.nbytes for record in experts.values()),
         "experts_nbytes": manifest.experts_nbytes,
         "experts_bits_per_weight": _bits_per_weight(experts.values()),
         "experts": {str(key): _record_json(manifest, str(key), record) for key, record in experts.items()},
@@ -69,7 +69,7 @@ def _layer_row(manifest: Manifest, layer: int) -> tuple[str, ...]:
     by_part = _errors_by_part(manifest, records)
     return (
         str(layer),
-        _mixture(records.values()),
+        _who_has_what(records),
         _gb(sum(record.nbytes for record in records.values())),
         f"{_bits_per_weight(records.values()):.3f}",
         *(_error_text(by_part.get(name, [])) for name in ("w1", "w3", "w2")),
@@ -139,15 +139,27 @@ def _mixture(records: Iterable[Record]) -> str:
     return ", ".join(f"{n} {scheme}" for scheme, n in counts.items())
 
 
+def _who_has_what(records: dict[ExpertKey, Record]) -> str:
+    """Return the mixture of a layer's experts, those named that have not what most have."""
+    most, *others = _schemes(records.values()).items()
+    words = [f"{most[1]} {most[0]}" if others else most[0]]
+    for scheme, n in others:
+        named = ", ".join(str(key.expert) for key, record in records.items() if _schemes([record]) == {scheme: 1})
+        words.append(f"{n} {scheme} ({'expert' if n == 1 else 'experts'} {named})")
+    return ", ".join(words)
+
+
 def _weight_text(records: Iterable[Record]) -> str:
     listed = list(records)
     nbytes = sum(record.nbytes for record in listed)
     return f"{_gb(nbytes)} GB, {_bits_per_weight(listed):.3f} bits per weight"
 
 
-def _expert_line(manifest: Manifest) -> str:
-    record = next(iter(manifest.experts.values()))
-    return f"{record.nbytes / 1e6:.1f} MB: " + ", ".join(_part_text(part) for part in record.parts)
+def _expert_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return a row for each kind of expert that there is."""
+    kinds = dict.fromkeys((record.nbytes, record.parts) for record in manifest.experts.values())
+    texts = [f"{nbytes / 1e6:.1f} MB: " + ", ".join(map(_part_text, parts)) for nbytes, parts in kinds]
+    return [("one expert" if number == 0 else "or", text) for number, text in enumerate(texts)]
 
 
 def _part_text(part: Part) -> str:

@@ -56,7 +56,7 @@ def test_a_layer_is_a_row_of_schemes_sizes_and_errors(measured: Manifest) -> Non
     ]  # fmt: skip
     # The root of the mean square: ((3 * 0.08^2 + 0.3^2) / 4)^0.5.
     assert [cell.strip() for cell in second] == [
-        "1", "3 4bit-g64, 1 2bit-g16", "0.00", bits[1], "0.1652", "0.1652", "0.1127", "0.3000", "-",
+        "1", "3 4bit-g64, 1 2bit-g16 (expert 2)", "0.00", bits[1], "0.1652", "0.1652", "0.1127", "0.3000", "-",
     ]  # fmt: skip
 
 
@@ -73,11 +73,22 @@ def test_the_mixture_of_all_experts_stands_on_top(measured: Manifest) -> None:
     assert f"experts     7 4bit-g64, 1 2bit-g16, 0.00 GB, {bits:.3f} bits per weight" in text
 
 
+def test_every_kind_of_expert_is_shown(measured: Manifest) -> None:
+    lines = inspect_text(Path("/store"), measured).splitlines()
+
+    first = next(number for number, line in enumerate(lines) if line.startswith("one expert"))
+    assert "w1 128 x 64 4bit-g64" in lines[first]
+    assert lines[first + 1].startswith("or ")
+    assert "w1 128 x 64 2bit-g16" in lines[first + 1]
+    assert not lines[first + 2].startswith("or ")
+
+
 def test_as_json_it_agrees_with_the_manifest(measured: Manifest) -> None:
     document = json.loads(json.dumps(inspect_json(measured), allow_nan=False))
 
     assert document["digest"] == measured.digest
     assert document["n_experts_in_all"] == 8
+    assert document["expert_nbytes"] == max(record.nbytes for record in measured.experts.values())
     assert document["experts_nbytes"] == measured.experts_nbytes
     assert document["experts_bits_per_weight"] == measured.experts_nbytes * 8 / (8 * N_WEIGHTS)
     assert document["experts"]["layers.1.experts.2"] == {
