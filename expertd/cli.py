@@ -14,7 +14,7 @@ import click
 
 from expertd.errors import ExpertdError, StoreInvalid
 from expertd.progress import conversion_progress, progress_bar, say
-from expertd.view_commands import connect, doctor, status
+from expertd.view_commands import connect, doctor, status, top
 from protocol.errors import ProtocolError
 from protocol.version import LIBRARY_VERSION
 
@@ -233,7 +233,7 @@ def inspect(store: Path, as_json: bool) -> None:
     click.echo(json.dumps(inspect_json(manifest)) if as_json else inspect_text(store, manifest))
 
 
-for command in (status, doctor):
+for command in (status, top, doctor):
     cli.add_command(command)
 
 

@@ -1,6 +1,7 @@
-"""The commands that look and change nothing: status, doctor."""
+"""The commands that look and change nothing: status, top, doctor."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -36,6 +37,29 @@ def status(as_json: bool) -> None:
     with client:
         answer = client.ask(GetStatus(), Status)
     click.echo(json.dumps(status_json(answer)) if as_json else status_text(answer))
+
+
+@click.command()
+@click.option(
+    "--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, help="Seconds between refreshes."
+)
+def top(interval: float) -> None:
+    """Show what happens in the daemon, again and again, until q or Ctrl-C. Without a terminal: its status, once."""
+    from expertd.show import status_text
+    from expertd.top import can_show, show_top
+    from protocol.messages import GetStatus, Status
+
+    if not math.isfinite(interval):
+        raise click.UsageError(f"--interval: a number of seconds was expected, {interval} came")
+    with connect() as client:
+        if not can_show():
+            click.echo(status_text(client.ask(GetStatus(), Status)))
+            click.echo("expertd: no terminal, so this was one look; `expertd status --json` is for programs", err=True)
+            return
+        try:
+            show_top(client, interval)
+        except DaemonUnavailable:
+            click.echo(f"expertd: the daemon, pid {client.welcome.pid}, has ended", err=True)
 
 
 @click.command()

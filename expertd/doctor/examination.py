@@ -6,6 +6,7 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
+from expertd.budget import least_nbytes
 from expertd.cgroup import memory_groups
 from expertd.doctor import daemon, disk_speed, memory, place, processor, readings
 from expertd.doctor.disk_speed import FilePart
@@ -19,7 +20,6 @@ from protocol.errors import DaemonUnavailable, ProtocolError
 from protocol.manifest import Manifest
 from protocol.messages import GetStatus, Status, StoreState
 from protocol.runtime_dir import RuntimeDir
-from protocol.slot_area import least_slots, slot_area_nbytes
 from protocol.version import LIBRARY_VERSION
 
 
@@ -123,9 +123,7 @@ def _machine_memory() -> MachineMemory:
 
 
 def _need(manifest: Manifest) -> StoreNeed:
-    n_slots = least_slots(manifest.model.top_k, len(manifest.experts))
-    least = manifest.dense_nbytes + slot_area_nbytes(n_slots, _largest_nbytes(manifest))
-    return StoreNeed(_nbytes(manifest), min(least, _nbytes(manifest)))
+    return StoreNeed(_nbytes(manifest), min(least_nbytes(manifest), _nbytes(manifest)))
 
 
 def _nbytes(manifest: Manifest) -> int:

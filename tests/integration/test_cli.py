@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_a_store_from_start_to_stop(background: RuntimeDir, store: Path, manifes
     assert f"{store} is in memory" in start.stderr
     assert "it stays until `expertd stop`" in start.stderr
     assert f"expertd: already running, pid {pid}" in again.stderr
-    assert f"{store} [ready]" in status.stdout
+    assert re.search(rf"^{store} +ready ", status.stdout, re.MULTILINE)
     document = json.loads(as_json.stdout)
     assert (document["running"], document["pid"]) == (True, pid)
     assert [(s["digest"], s["state"]) for s in document["stores"]] == [(manifest.digest, "ready")]
