@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 
 from expertd.host_slots import SessionFigures
 from protocol.messages import Message, Refused, RequestRefusal
@@ -110,7 +111,12 @@ class Counters:
 
 def operation(message: Message) -> str:
     """Return a message's name as metrics write it: `get_status` for GetStatus."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(message).__name__).lower()
+    return _words(type(message).__name__)
+
+
+@lru_cache  # of a table of messages that does not grow; asked with every request
+def _words(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def _code(answer: Message | None) -> str:

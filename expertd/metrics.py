@@ -33,6 +33,8 @@ _CONNECTIONS_MAX = 4
 _SILENT_S = 5.0
 _IN_ALL_S = 10.0
 _OUT_OF_DESCRIPTORS_S = 0.5
+# So long the daemon's end waits for this thread at most.
+_LOOK_EVERY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,9 @@ class MetricsServer:
             self._server = _UnixServer(str(place), handler) if isinstance(place, Path) else _TcpServer(place, handler)
         except OSError as error:
             raise StartFailed(f"metrics: {place} cannot be listened at ({error.strerror})") from None
-        self._thread = threading.Thread(target=self._server.serve_forever, name="expertd-metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_LOOK_EVERY_S,), name="expertd-metrics", daemon=True
+        )
 
     @property
     def address(self) -> Any:  # noqa: ANN401 - a path or host and port, as the socket module has them
@@ -131,7 +135,7 @@ class _BoundedServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Hang up on whoever takes too long; called twice a second."""
+        """Hang up on whoever takes too long; called after every look."""
         with self._lock:
             overdue = [sock for sock, since in self._since.items() if time.monotonic() - since > _IN_ALL_S]
             for sock in overdue:

@@ -148,7 +148,7 @@ def _session_row(session: SessionStatus, stores: Sequence[StoreStatus], rates: R
         str(session.n_misses),
         f"{session.n_hits / n_wanted:.1%}" if n_wanted else _NONE,
         _gb(session.read_nbytes),
-        _duration(session.waited_s),
+        _seconds(session.waited_s),
     ]
     if rates is None:
         return row
@@ -170,6 +170,10 @@ def _gb(nbytes: float) -> str:
 
 def _mb(nbytes: float) -> str:
     return f"{nbytes / 1e6:.1f} MB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else _duration(seconds)
 
 
 def _duration(seconds: float) -> str:

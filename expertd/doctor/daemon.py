@@ -55,6 +55,13 @@ def check_runtime_dir(path: Path, reason: str | None, *, vanishes: bool) -> Find
     return ok(name, str(path))
 
 
+def check_settings(path: Path, reason: str | None, *, is_there: bool) -> Finding:
+    """Say where the daemon's settings come from, and what is wrong with them."""
+    if reason is not None:
+        return problem("settings", reason, "correct it; configs/expertd.toml explains every option")
+    return ok("settings", str(path) if is_there else f"the defaults; {path} would change them")
+
+
 def check_descriptors(hard_limit: int | None) -> Finding:
     """Say how many files the daemon may open; None is no limit. It raises the soft limit by itself."""
     name = "open files"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from expertd.budget import least_nbytes
 from expertd.cgroup import memory_groups
+from expertd.config import config_file
 from expertd.doctor import daemon, disk_speed, memory, place, processor, readings
 from expertd.doctor.disk_speed import FilePart
 from expertd.doctor.findings import Finding, ok, problem
@@ -51,6 +52,7 @@ def _of_the_daemon(
     vanishes = readings.vanishes_at_logout(directory, os.geteuid())
     return [
         ok("kernel", f"Linux {platform.release()}"),
+        daemon.check_settings(config_file(), readings.settings_problem(), is_there=config_file().exists()),
         daemon.check_runtime_dir(directory.path, reason, vanishes=vanishes),
         *([] if reason is not None else [daemon.check_running(running, LIBRARY_VERSION)]),
         daemon.check_seals(readings.broken_seal()),

@@ -8,7 +8,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from expertd.config import load_config
 from expertd.doctor.processor import Gpus
+from expertd.errors import ConfigError
 from protocol.errors import OutOfMemory, RuntimeDirError, SegmentError
 from protocol.runtime_dir import RuntimeDir, check_runtime_dir
 from protocol.segment import HUGE_PAGE_NBYTES, SegmentBuilder, check_seals_hold
@@ -89,6 +91,15 @@ def runtime_dir_problem(directory: RuntimeDir) -> str | None:
     try:
         check_runtime_dir(directory)
     except RuntimeDirError as error:
+        return str(error)
+    return None
+
+
+def settings_problem() -> str | None:
+    """Return what is wrong with the user's own settings, None if nothing is, or there are none."""
+    try:
+        load_config(None)
+    except ConfigError as error:
         return str(error)
     return None
 

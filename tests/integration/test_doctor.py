@@ -53,6 +53,17 @@ def test_a_daemon_that_does_not_answer_prevents_use(daemon: DaemonProcess) -> No
     assert findings()["daemon"]["level"] == "problem"
 
 
+def test_settings_with_a_mistake_prevent_use(runtime: RuntimeDir) -> None:
+    folder = runtime.path.parent / "config" / "expertd"
+    folder.mkdir(parents=True)
+    (folder / "expertd.toml").write_text("log_level = 3\n")
+
+    found = findings()["settings"]
+
+    assert found["level"] == "problem"
+    assert "log_level" in found["found"]
+
+
 def test_an_open_runtime_directory_prevents_use_and_says_how(runtime: RuntimeDir) -> None:
     runtime.path.mkdir(mode=0o755)
     runtime.path.chmod(0o755)

@@ -96,7 +96,7 @@ def test_only_attached_sessions_are_shown_to_people_with_model_leases_and_hit_ra
     row = cells(text, "1234")
     assert (row["model"], row["version"], row["age"]) == ("large", "0.1.0", "1 min 05 s")
     assert (row["leases"], row["hits"], row["misses"], row["hit ratio"]) == ("2", "30", "10", "75.0%")
-    assert (row["read"], row["waited"]) == ("2.00 GB", "1 s")
+    assert (row["read"], row["waited"]) == ("2.00 GB", "1.0 s")
     assert "4321" not in text
 
 

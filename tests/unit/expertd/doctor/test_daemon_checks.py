@@ -14,6 +14,7 @@ from expertd.doctor.daemon import (
     check_running,
     check_runtime_dir,
     check_seals,
+    check_settings,
     is_locked,
 )
 from expertd.doctor.findings import Finding, Level, exit_code, findings_json, findings_text, note, ok, problem
@@ -42,6 +43,14 @@ def test_a_daemon_of_another_version_is_noted_one_that_does_not_talk_prevents_us
 )
 def test_a_runtime_directory_is_safe_and_stays(reason: str | None, level: Level, *, vanishes: bool) -> None:
     assert check_runtime_dir(PATH, reason, vanishes=vanishes).level is level
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_there", "level"),
+    [(None, True, Level.OK), (None, False, Level.OK), ("unknown key 'x'", True, Level.PROBLEM)],
+)
+def test_settings_that_cannot_be_read_prevent_use(reason: str | None, level: Level, *, is_there: bool) -> None:
+    assert check_settings(Path("/c/expertd.toml"), reason, is_there=is_there).level is level
 
 
 @pytest.mark.parametrize(
