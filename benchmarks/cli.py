@@ -26,6 +26,7 @@ from benchmarks.quantizing import measure_conversion, measure_solver
 from benchmarks.settings import Settings
 from benchmarks.several import measure_several
 from benchmarks.store import measure_store
+from benchmarks.tiered import measure_tiered, measure_tiered_disk
 from tools.demo.cache import cache_folder
 
 Measure = Callable[[Environment, Settings], list[Figure]]
@@ -45,6 +46,8 @@ ON_REQUEST: dict[str, Measure] = {
     "solver": lambda _, settings: measure_solver(settings),
     "conversion": measure_conversion,
     "quality": measure_quality,
+    "tiered": measure_tiered,
+    "tiered-disk": measure_tiered_disk,
 }
 # Benchmarks whose figures make more than a list.
 TABLES: dict[str, Callable[[list[Figure]], str]] = {"quality": quality_table}
@@ -97,6 +100,8 @@ def cli(
     full       a whole Mixtral-8x7B of 2 and 3 bits: writes 36 GB
     solver     one matrix, beside hqq         conversion  full-size matrices, whole
     quality    the paper's table of a checkpoint
+    tiered     stores larger than their memory, where reading takes as long as computing
+    tiered-disk  the same with the disk as it is
     """
     if out is not None and not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: {out.absolute().parent} is no folder")

@@ -1,14 +1,14 @@
 """Which expert lies in which slot, who leases it, and which slot is given up next. Knows neither sockets nor clocks.
 
 A slot is empty, being read (it has a key), or ready. A ready slot that nobody leases can be evicted: first one that was
-read on a hint whose time is over, then the least recently used. A leased slot is taken only from sessions that fell
+read on a hint whose time is over, then as `expertd.eviction` says. A leased slot is taken only from sessions that fell
 silent, or as the last way out (`take_oldest_lease`); its reader notices by the slot's new generation.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from expertd.eviction import EvictionOrder
 from protocol.handles import ExpertKey
 
 
@@ -50,7 +50,7 @@ class SlotPool:
         self._n_hinted_max = max(1, n_slots // 4)
         self._empty = [Slot(number) for number in reversed(range(n_slots))]
         self._by_key: dict[ExpertKey, Slot] = {}
-        self._evictable: OrderedDict[int, Slot] = OrderedDict()  # ready and not leased, least recently used first
+        self._order = EvictionOrder()  # ready and not leased
         self._hinted: dict[int, Slot] = {}  # being read or ready, on a hint, and not used yet
         self._leased_by: dict[int, dict[ExpertKey, Slot]] = {}  # by session
         self.n_leases_lost = 0
@@ -66,14 +66,14 @@ class SlotPool:
 
     def take(self, key: ExpertKey, now: float, is_silent: Callable[[int], bool]) -> Slot | None:
         """Return a slot in which an expert that is waited for can be read; None if all are leased or being read."""
-        slot = self._empty.pop() if self._empty else self._outdated(now) or self._oldest() or self._abandoned(is_silent)
-        return self._given(slot, key)
+        slot = self._empty.pop() if self._empty else self._outdated(now) or self._evicted_for(key, is_hint=False)
+        return self._given(slot or self._abandoned(is_silent), key)
 
     def take_for_hint(self, key: ExpertKey, hint: Hint, now: float) -> Slot | None:
         """Return a slot for an expert that was foreseen; None if hints have taken their share."""
         slot = self._outdated(now)
         if slot is None and len(self._hinted) < self._n_hinted_max:
-            slot = self._empty.pop() if self._empty else self._oldest()
+            slot = self._empty.pop() if self._empty else self._evicted_for(key, is_hint=True)
         slot = self._given(slot, key)
         if slot is not None:
             slot.hint = hint
@@ -88,7 +88,8 @@ class SlotPool:
     def fill(self, slot: Slot) -> None:
         """Note that a slot holds its expert."""
         slot.is_ready = True
-        self._evictable[slot.number] = slot
+        if slot.key is not None:
+            self._order.offer(slot.key)
 
     def clear(self, slot: Slot) -> None:
         """Note that a slot could not be filled."""
@@ -109,7 +110,7 @@ class SlotPool:
         slot = self._by_key[key]
         slot.holders[session] = now
         self._leased_by.setdefault(session, {})[key] = slot
-        self._evictable.pop(slot.number, None)
+        self._order.keep(key)
         return slot
 
     def give_back(self, key: ExpertKey, session: int) -> bool:
@@ -121,13 +122,13 @@ class SlotPool:
             del self._leased_by[session]
         del slot.holders[session]
         if not slot.holders:
-            self._evictable[slot.number] = slot
+            self._order.offer(key)
         return True
 
     def touch(self, slot: Slot) -> None:
         """Count a ready slot as used just now."""
-        if slot.number in self._evictable:
-            self._evictable.move_to_end(slot.number)
+        if slot.key is not None:
+            self._order.touch(slot.key)
 
     def use(self, slot: Slot) -> Hint | None:
         """Return the hint on which a slot was filled, if this is the first use of it."""
@@ -143,8 +144,9 @@ class SlotPool:
                 return slot
         return None
 
-    def _oldest(self) -> Slot | None:
-        return next(iter(self._evictable.values()), None)
+    def _evicted_for(self, key: ExpertKey, *, is_hint: bool) -> Slot | None:
+        victim = self._order.victim(key, is_hint=is_hint)
+        return None if victim is None else self._by_key[victim]
 
     def _abandoned(self, is_silent: Callable[[int], bool]) -> Slot | None:
         for slot in self._by_key.values():
@@ -162,6 +164,7 @@ class SlotPool:
         self._forget(slot)
         slot.key = key
         self._by_key[key] = slot
+        self._order.hold(key)
         return slot
 
     def _forget(self, slot: Slot) -> None:
@@ -171,7 +174,7 @@ class SlotPool:
         for session in list(slot.holders):
             self.give_back(slot.key, session)
         del self._by_key[slot.key]
-        self._evictable.pop(slot.number, None)
+        self._order.let_go(slot.key)
         slot.key, slot.is_ready = None, False
 
 

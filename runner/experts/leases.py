@@ -29,11 +29,12 @@ class Leases:
     def __init__(self, requests: RequestChannel, n_slots: int) -> None:
         self._requests = requests
         # Others want slots too, and what this runner has in others is to stay there.
-        self._n_awaited_max = max(1, min(n_slots // 2, KEYS_MAX))
+        self._n_awaited_max = max(1, min(n_slots // 2, KEYS_MAX // 2))
         self._request_id = 0
         self._to_ask: dict[ExpertKey, None] = {}
         self._awaited: dict[ExpertKey, None] = {}
         self._held: set[ExpertKey] = set()
+        self._lent: set[ExpertKey] = set()  # asked for though it is there: it is to stay
         self._used: dict[ExpertKey, None] = {}  # since the last release, the latest last
         self._n_refused: dict[ExpertKey, int] = {}
         self._n_unanswered = 0
@@ -50,11 +51,15 @@ class Leases:
             self._used.pop(key, None)
             self._used[key] = None
 
-    def demand(self, keys: Sequence[ExpertKey]) -> None:
-        """Ask for these, as many at once as slots allow; what was used until now is given back before."""
+    def demand(self, keys: Iterable[ExpertKey], present: Iterable[ExpertKey] = ()) -> None:
+        """Ask for these, as many at once as slots allow; what was used until now is given back before.
+
+        What is `present` is computed too: a lease keeps it from making room for the others.
+        """
         self._to_ask.update(dict.fromkeys(keys))
         if self._to_ask:
             self.release()
+            self._lent = set(present)
             self._ask()
 
     def release(self) -> None:
@@ -104,9 +109,10 @@ class Leases:
         for key in keys:
             del self._to_ask[key]
             self._awaited[key] = None
-        self._acquire(keys)
+        self._acquire([*keys, *self._lent])
 
     def _acquire(self, keys: Sequence[ExpertKey]) -> None:
+        keys = keys[:KEYS_MAX]
         self._send(Acquire(self._next_id(), tuple(keys)))
 
     def _ask_again(self) -> None:
@@ -130,7 +136,7 @@ class Leases:
             self._refused(refusal.key, refusal.reason)
         wanted = [handle for handle in message.handles if handle.key in self._awaited]
         # Those that nobody waits for were asked for twice, or by a call that was given up.
-        known = self._held | self._awaited.keys()
+        known = self._held | self._lent | self._awaited.keys()
         self.use(handle.key for handle in message.handles if handle.key not in known)
         for handle in wanted:
             del self._awaited[handle.key]

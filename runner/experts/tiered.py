@@ -140,19 +140,17 @@ class TieredExperts:
 
     def _compute_at_once(self, call: ExpertCall, places: dict[int, SlotEntry]) -> bool:
         """Compute the whole call from what is there; return whether that stayed there."""
-        self._hint(len(places))
-        self._compute.forward(call, {expert: place.slot for expert, place in places.items()})
         keys = [ExpertKey(call.layer, expert) for expert in places]
         self._leases.use(keys)
+        self._hint(len(places))
+        self._compute.forward(call, {expert: place.slot for expert, place in places.items()})
         return all(map(self._presence.is_still_there, keys, places.values()))
 
     def _compute_as_they_come(self, call: ExpertCall, chosen: Sequence[int]) -> None:
         """Demand what is not there; compute what is, and the others as they come in; sum behind the last one."""
         layer, leases = call.layer, self._leases
         places, absent = self._look_for(layer, chosen)
-        # Said before anything is demanded: so they are not what makes room for it.
-        leases.use(ExpertKey(layer, expert) for expert in places)
-        leases.demand([ExpertKey(layer, expert) for expert in absent])
+        leases.demand([ExpertKey(layer, expert) for expert in absent], [ExpertKey(layer, expert) for expert in places])
         self._hint(len(chosen))
         contributions = call.hidden_states.new_empty(*call.expert_ids.shape, call.hidden_states.shape[1])
         # Few tokens: as many experts at once as there are. Many: one by one, as others wait for its slot.
@@ -193,4 +191,5 @@ class TieredExperts:
         """Tell the daemon what later layers are likely to choose, as far as slots go beside the present layer's."""
         hints = self._foreseen.hints(self._presence.n_slots - n_chosen)
         if hints is not None:
+            self._leases.release()  # what was used just now is not what makes room for what may be used
             self._leases.prefetch(hints, _DEADLINE_MS)

@@ -106,7 +106,7 @@ def test_an_expert_that_is_evicted_while_it_is_computed_is_computed_anew() -> No
         output = experts.forward(step.layer, step.hidden_states, step.expert_ids, step.weights)
 
     assert_same_bits([output], [step])
-    assert sent(store, Acquire) == [Acquire(2, (ExpertKey(0, 2),))]
+    assert [message.keys[0] for message in sent(store, Acquire)] == [ExpertKey(0, 2)]
 
 
 def test_what_is_there_costs_one_message_a_token() -> None:
@@ -137,16 +137,32 @@ def test_resident_experts_are_computed_where_they_lie() -> None:
     assert not asked & set(resident)
 
 
-def test_what_was_used_is_told_before_anything_is_demanded() -> None:
+def test_what_is_there_is_leased_while_the_rest_is_waited_for() -> None:
     store = SlotStore(TinyStore(), 8)
     store.read(ExpertKey(0, 1))
-    steps = [layer_step(0, 1, 2)]
+    store.read(ExpertKey(1, 1))
 
-    rehearse(store, steps)
+    rehearse(store, [layer_step(0, 1, 2), layer_step(1, 1, 2)])
 
-    release, acquire = store.received
-    assert release == Release(1, (ExpertKey(0, 1),))
-    assert acquire == Acquire(2, (ExpertKey(0, 2),))
+    assert [message.keys for message in sent(store, Acquire)] == [
+        (ExpertKey(0, 2), ExpertKey(0, 1)),
+        (ExpertKey(1, 2), ExpertKey(1, 1)),
+    ]
+
+
+def test_what_was_used_is_told_before_anything_is_demanded_or_hinted_at() -> None:
+    store = SlotStore(TinyStore(), 8)
+    for expert in (1, 2):
+        store.read(ExpertKey(0, expert))
+    with Workspace() as workspace:
+        experts = TieredExperts(store, store, CExperts(store.manifest, workspace))
+        experts.prefetch(1, lambda: torch.tensor([[3]]))
+        for step in (layer_step(0, 1, 2), layer_step(1, 3, 4)):
+            experts.forward(step.layer, step.hidden_states, step.expert_ids, step.weights)
+
+    before = [type(message) for message in store.received[:2]]
+    assert before == [Release, Prefetch]
+    assert sent(store, Release)[0].keys == (ExpertKey(0, 1), ExpertKey(0, 2))
 
 
 def test_no_lease_is_kept_while_another_expert_is_waited_for() -> None:
