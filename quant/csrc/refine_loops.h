@@ -151,14 +151,14 @@ struct grid_view {
 
 /* Rows' steps as they are stored; the rest is the view's. */
 INLINE struct grid_view load_grid(const struct expertd_grid *grid, int64_t first, int64_t filled) {
-    struct grid_view lanes = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+    float step[LANES], base_min[LANES], base_step[LANES];
     for (int64_t lane = 0; lane < LANES; lane++) {
         int64_t row = (first + (lane < filled ? lane : filled - 1)) / grid->groups_per_row;
-        lanes.step[lane] = grid->scale_step[row];
-        lanes.base_min[lane] = grid->base_min[row];
-        lanes.base_step[lane] = grid->base_step[row];
+        step[lane] = grid->scale_step[row];
+        base_min[lane] = grid->base_min[row];
+        base_step[lane] = grid->base_step[row];
     }
-    return lanes;
+    return (struct grid_view){load_f32(step), load_f32(base_min), load_f32(base_step), splat(0.0f)};
 }
 
 /* One point of the grid, and the sum of the squared errors that it leaves. */
