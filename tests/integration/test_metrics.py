@@ -1,5 +1,7 @@
 """A real daemon's figures: at its socket, at a port, or nowhere; and a scraper that does not read holds up nobody."""
 
+import resource
+import select
 import socket
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 
 from protocol.manifest import Manifest
 from protocol.runtime_dir import RuntimeDir
-from tests.support.daemon import DaemonProcess, run_expertd, running_daemon
+from tests.support.daemon import DaemonProcess, run_expertd, running_daemon, stop_background_daemon
 
 REQUEST = b"GET /metrics HTTP/1.0\r\n\r\n"
 
@@ -24,8 +26,12 @@ def free_port() -> int:
 
 
 def read_all(sock: socket.socket) -> str:
-    sock.settimeout(10)
     sock.sendall(REQUEST)
+    return read_to_end(sock)
+
+
+def read_to_end(sock: socket.socket) -> str:
+    sock.settimeout(10)
     return b"".join(iter(lambda: sock.recv(1 << 16), b"")).decode()
 
 
@@ -121,3 +127,35 @@ def test_a_socket_that_a_killed_daemon_left_is_replaced(runtime: RuntimeDir, tmp
 
     assert was_left
     assert "expertd_sessions" in text
+
+
+def test_a_scrape_that_finds_no_descriptor_free_is_answered_when_there_is_one(
+    runtime: RuntimeDir, tmp_path: Path
+) -> None:
+    with running_daemon(runtime, "--config", config(tmp_path, "unix")) as daemon:
+        limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (daemon.n_fds(), limits[1]))
+        with connected(daemon) as sock:
+            sock.sendall(REQUEST)
+            is_answered_without = bool(select.select([sock], [], [], 0.3)[0])
+            resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+            text = read_to_end(sock)
+
+        assert daemon.sessions() == 0
+    assert not is_answered_without
+    assert "expertd_open_fds" in text
+
+
+def test_a_daemon_in_anothers_place_serves_the_same_port(runtime: RuntimeDir, tmp_path: Path, store: Path) -> None:
+    port = free_port()
+    settings = config(tmp_path, f"127.0.0.1:{port}")
+    try:
+        results = [run_expertd("start", "--config", settings, store), run_expertd("restart", "--config", settings)]
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+            text = read_all(sock)
+    finally:
+        stop_background_daemon(runtime)
+
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    assert 'expertd_store_bytes{state="ready"} 0.0' not in text
+    assert "expertd_load_bytes_total 0.0" in text  # it was taken over, not read

@@ -1,8 +1,10 @@
 """What control groups leave of memory is read from their files, in whichever version and place they are mounted."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -141,17 +143,16 @@ def test_a_system_without_control_groups_has_no_limit(tmp_path: Path) -> None:
 def real_group() -> Iterator[Path]:
     """A group of this machine with a limit of 64 MiB; skips where none can be made."""
     for parent, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
-        folder = Path("/sys/fs/cgroup") / parent / "expertd-test"
-        try:
-            folder.mkdir(exist_ok=True)
-            (folder / limit).write_text(str(64 << 20))
-        except OSError:
-            if folder.is_dir():
+        folder = Path("/sys/fs/cgroup", parent, f"expertd-test-{os.getpid()}")
+        with suppress(OSError):
+            folder.mkdir()
+            try:
+                if (folder / limit).exists():  # else it is an ordinary folder, or another controller's
+                    (folder / limit).write_text(str(64 << 20))
+                    yield folder
+                    return
+            finally:
                 folder.rmdir()
-            continue
-        yield folder
-        folder.rmdir()
-        return
     pytest.skip("no control group with a memory limit can be made here")
 
 
