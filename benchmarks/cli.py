@@ -23,6 +23,7 @@ from benchmarks.peer import LLAMA_BENCH, find_llama_bench
 from benchmarks.processes import Environment
 from benchmarks.quality import measure_quality, quality_table
 from benchmarks.quantizing import measure_conversion, measure_solver
+from benchmarks.requests import measure_requests
 from benchmarks.settings import Settings
 from benchmarks.several import measure_several
 from benchmarks.store import measure_store
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Measure] = {
     "several": measure_several,
     "store": measure_store,
     "cache": lambda _, settings: measure_cache(settings),
+    "requests": measure_requests,
 }
 ON_REQUEST: dict[str, Measure] = {
     "full": measure_full,
@@ -96,7 +98,7 @@ def cli(
     bandwidth  how fast memory is read        kernels  one expert of Mixtral's size
     layers     a layer, beside llama.cpp      demo     the demo's model, beside llama.cpp
     several    runners at the same time       store    daemon, sharing, first token
-    cache      what an expert cache costs
+    cache      what an expert cache costs     requests  the daemon's answers, beside an echo
     full       a whole Mixtral-8x7B of 2 and 3 bits: writes 36 GB
     solver     one matrix, beside hqq         conversion  full-size matrices, whole
     quality    the paper's table of a checkpoint

@@ -73,6 +73,13 @@ def shmem_nbytes() -> int:
     return _kilobytes(Path("/proc/meminfo"), "Shmem:") * 1024
 
 
+def processor_s(pid: int) -> float:
+    """Return the processor time that a process has used, all of its threads together."""
+    # Behind the name, which may hold anything but ends with the last bracket.
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def private_dirty_nbytes(pid: int) -> int:
     """Return what one process has written and shares with nobody, the store's segments left out.
 

@@ -1,14 +1,16 @@
 """One, two and four runners that decode at the same time on one store: what they do together, and against one alone."""
 
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.errors import CommandFailed, NothingToMeasure
 from benchmarks.figures import Figure, ratios
-from benchmarks.processes import Environment
+from benchmarks.processes import Environment, processor_s
 from benchmarks.settings import Settings
 
 COUNTS = (1, 2, 4)
@@ -43,11 +45,17 @@ def measure_several(environment: Environment, settings: Settings) -> list[Figure
     if settings.store is None:
         raise NothingToMeasure("several: a store is needed")
     totals: dict[int, list[float]] = {count: [] for count in COUNTS}
+    daemon_shares = []
     with environment.daemon(settings.store):
+        pid = int(json.loads(environment.expertd("status", "--json"))["pid"])
         for _ in range(settings.rounds):
             for count in COUNTS:
+                used_s, start = processor_s(pid), time.perf_counter()
                 totals[count].append(_total_tokens_per_s(environment, settings.store, count, settings.threads))
+                share = (processor_s(pid) - used_s) / (time.perf_counter() - start)
+            daemon_shares.append(100 * share)
     return [
+        Figure(f"the daemon beside {COUNTS[-1]} runners, of one processor", "%", tuple(daemon_shares)),
         *(Figure(f"{count} runner(s) at once, decode, together", "tok/s", tuple(totals[count])) for count in COUNTS),
         *(Figure(f"{count} runners together / one", "", ratios(totals[count], totals[1])) for count in COUNTS[1:]),
     ]

@@ -70,7 +70,9 @@ class DemandTable:
 
     def seen(self, session: int, now: float) -> SessionDemand:
         """Return a session that has just been heard of, for the first time or again."""
-        demand = self._sessions.setdefault(session, SessionDemand(session, now))
+        demand = self._sessions.get(session)
+        if demand is None:
+            demand = self._sessions[session] = SessionDemand(session, now)
         demand.seen_at = now
         return demand
 
@@ -148,7 +150,9 @@ class DemandTable:
         self, demand: SessionDemand, request_id: int, now: float, keeping: Iterable[ExpertKey] = ()
     ) -> None:
         """Forget a request, and what no other request of the session awaits."""
-        for key in demand.requests.pop(request_id, set()) - set(keeping):
+        if request_id not in demand.requests:
+            return
+        for key in demand.requests.pop(request_id) - set(keeping):
             if not any(key in pending for pending in demand.requests.values()):
                 self.withdraw(demand, key, now)
 

@@ -12,11 +12,12 @@ sockets, files, threads nor bytes. Its rules:
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from expertd.demand import DemandTable, SessionDemand
-from expertd.slot_pool import SlotPool
+from expertd.slot_pool import Slot, SlotPool
 from protocol.handles import ExpertKey
 
 LEASE_TTL_S = 10.0
@@ -31,8 +32,8 @@ class ReadOutcome(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class SlotRead:
+# Made several times for a request, hence tuples: a frozen record costs several times as much.
+class SlotRead(NamedTuple):
     """Read that expert into that slot; one that is awaited goes first."""
 
     key: ExpertKey
@@ -40,8 +41,7 @@ class SlotRead:
     is_awaited: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """Tell a session what has come in of its request: experts with their slots, and what cannot be had."""
 
     session: int
@@ -64,7 +64,7 @@ class Actions:
         for index, earlier in enumerate(self.grants):
             if (earlier.session, earlier.request_id) == (grant.session, grant.request_id):
                 granted, refused = earlier.granted + grant.granted, earlier.refused + grant.refused
-                self.grants[index] = replace(grant, granted=granted, refused=refused)
+                self.grants[index] = grant._replace(granted=granted, refused=refused)
                 return
         self.grants.append(grant)
 
@@ -120,7 +120,7 @@ class HostSlots:
             if key in self.corrupt:
                 refused.append((key, ReadOutcome.CORRUPT))
             elif slot is not None and slot.is_ready:
-                granted.append((key, self._lease_present(demand, key)))
+                granted.append((key, self._lease_present(demand, key, slot)))
             else:
                 pending.append(key)
         self._await(demand, request_id, pending, actions)
@@ -138,7 +138,7 @@ class HostSlots:
             if slot is None or not slot.is_ready or self._pool.give_back(key, session):
                 continue
             self._pool.touch(slot)
-            self._count_hit(demand, key)
+            self._count_hit(demand, slot)
         return self._started()
 
     def prefetch(self, session: int, keys: Iterable[ExpertKey], deadline: float, now: float) -> Actions:
@@ -228,16 +228,14 @@ class HostSlots:
         self._start_reads(actions)
         return actions
 
-    def _lease_present(self, demand: SessionDemand, key: ExpertKey) -> int:
-        slot = self._pool.find(key)
-        if slot is None or demand.session not in slot.holders:
-            self._count_hit(demand, key)
+    def _lease_present(self, demand: SessionDemand, key: ExpertKey, slot: Slot) -> int:
+        if demand.session not in slot.holders:
+            self._count_hit(demand, slot)
         return self._pool.lease(key, demand.session, self._now).number
 
-    def _count_hit(self, demand: SessionDemand, key: ExpertKey) -> None:
+    def _count_hit(self, demand: SessionDemand, slot: Slot) -> None:
         demand.n_hits += 1
-        slot = self._pool.find(key)
-        hint = self._pool.use(slot) if slot is not None else None
+        hint = self._pool.use(slot)
         if hint is not None:
             hint.counters.n_used += 1
 

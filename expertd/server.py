@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 
 import zmq
 
@@ -23,13 +24,14 @@ from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import Credentials
 from protocol.messages import Refused, RequestRefusal
 from protocol.runtime_dir import RuntimeDir
-from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
+from protocol.schema import MESSAGE_NBYTES_MAX, SESSIONS_MAX, Channel, Sender
 
 logger = logging.getLogger(__name__)
 
 LIBZMQ_LOWEST = (4, 3, 5)  # earlier ones have known holes
 _FRAMES_MAX = 3
 _QUEUE_LENGTH = 64
+_REQUESTS_AT_ONCE = 16
 
 
 class RequestServer(threading.Thread):
@@ -80,7 +82,7 @@ class RequestServer(threading.Thread):
         try:
             while self._stop_reader not in (events := dict(poller.poll(self._wait_ms()))):
                 if self._socket in events:
-                    self._serve_one()
+                    self._serve_waiting()
                 if self._wake_reader in events or self._is_collection_due():
                     self._collect()
         except Exception:  # the one net of this thread: without it, it would end in silence
@@ -116,7 +118,14 @@ class RequestServer(threading.Thread):
             replies = self._service.collect_replies(self._clock())
         self._send(replies)
 
+    def _serve_waiting(self) -> None:
+        """Answer what has come in, so much of it that nobody who is woken for something else waits long."""
+        with suppress(zmq.Again):
+            for _ in range(_REQUESTS_AT_ONCE):
+                self._serve_one()
+
     def _serve_one(self) -> None:
+        """Answer one request; raise zmq.Again if there is none."""
         frames = self._receive_frames()
         if frames is None:
             with self._lock:
@@ -135,18 +144,15 @@ class RequestServer(threading.Thread):
 
     def _receive_frames(self) -> tuple[zmq.Frame, zmq.Frame, zmq.Frame] | None:
         """Return the three frames of a request; None if there were more or fewer. The rest is read and forgotten."""
-        frames: list[zmq.Frame] = []
-        n_frames = 0
-        while True:
+        # A message comes whole or not at all: only its first frame may be missing.
+        frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+        frames, n_frames = [frame], 1
+        while frame.more:
             frame = self._socket.recv(copy=False)
             n_frames += 1
             if n_frames <= _FRAMES_MAX:
                 frames.append(frame)
-            if not frame.more:
-                break
-        if n_frames != _FRAMES_MAX:
-            return None
-        return frames[0], frames[1], frames[2]
+        return (frames[0], frames[1], frames[2]) if n_frames == _FRAMES_MAX else None
 
     def _answer(self, session: Session, data: bytes) -> list[Reply]:
         try:
@@ -186,5 +192,10 @@ def _credentials(frame: zmq.Frame) -> Credentials | None:
         address = frame.get("Peer-Address")
     except zmq.ZMQError:
         return None
-    _, uid, _, pid = str(address).split(":")
+    return _parsed(str(address))
+
+
+@lru_cache(maxsize=SESSIONS_MAX)
+def _parsed(address: str) -> Credentials:
+    _, uid, _, pid = address.split(":")
     return Credentials(int(pid), int(uid))

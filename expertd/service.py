@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.counters import BadMessage, Counters, Rejection, SlotUse
@@ -40,8 +41,7 @@ class MemoryFigures:
     available_nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """An answer on the request channel, and whose it is."""
 
     session: Session

@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from expertd.host_slots import Actions, Grant, HostSlots, ReadOutcome, SessionFigures
 from expertd.read_queue import PIECE_NBYTES
@@ -35,8 +36,7 @@ class TierSettings:
     on_failure: Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class TieredReply:
+class TieredReply(NamedTuple):
     """An answer to a session, which need not be the one that asked last."""
 
     session: int
@@ -75,12 +75,18 @@ class TieredStore:
 
     def first_unknown(self, keys: Sequence[ExpertKey]) -> ExpertKey | None:
         """Return the first of those experts that the store does not have."""
-        return next((key for key in keys if key not in self._catalogue.manifest.experts), None)
+        for key in keys:
+            if key not in self._catalogue.manifest.experts:
+                return key
+        return None
 
     def acquire(self, session: int, request_id: int, keys: Sequence[ExpertKey], now: float) -> list[TieredReply]:
         """Lease experts to a session; those that are absent come later."""
-        pinned = tuple(self._catalogue.experts[key] for key in keys if key in self._catalogue.experts)
-        wanted = [key for key in keys if key not in self._catalogue.experts] if pinned else keys
+        pinned: tuple[ExpertHandle, ...] = ()
+        wanted = keys
+        if self._catalogue.experts:
+            pinned = tuple(self._catalogue.experts[key] for key in keys if key in self._catalogue.experts)
+            wanted = [key for key in keys if key not in self._catalogue.experts]
         actions = self._slots.acquire(session, request_id, wanted, now)
         if pinned and not actions.grants:  # all others are still to come
             actions.grants.append(Grant(session, request_id, (), (), len(set(wanted))))
@@ -168,9 +174,8 @@ class TieredStore:
         return replies
 
     def _replies(self, grant: Grant, pinned: tuple[ExpertHandle, ...]) -> list[TieredReply]:
-        handles = pinned + tuple(
-            self._memory.handle(key, slot, self._catalogue.manifest.experts[key].nbytes) for key, slot in grant.granted
-        )
+        experts = self._catalogue.manifest.experts
+        handles = pinned + tuple([self._memory.handle(key, slot, experts[key].nbytes) for key, slot in grant.granted])
         refusals = tuple(KeyRefusal(key, _REASONS[outcome]) for key, outcome in grant.refused)
         replies = []
         while len(refusals) > REFUSALS_MAX:
