@@ -27,6 +27,9 @@ class LocalStore:
     def host_slots(self) -> None:
         return None
 
+    def tend(self, now: float) -> None:
+        """Do nothing: there is no daemon that could be replaced."""
+
     def expert_record(self, key: ExpertKey) -> memoryview:
         if key in self._corrupt:
             raise CorruptExpert(f"{key}: its bytes do not match their checksum")
