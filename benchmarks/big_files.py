@@ -46,6 +46,27 @@ def synthetic_gguf(folder: Path, n_layers: int, type_name: str) -> Path:
     return path
 
 
+def same_weights(folder: Path, n_layers: int) -> tuple[Path, Path]:
+    """Return a store and a GGUF of exactly the same 4-bit weights in Mixtral's geometry; raise BenchmarkError.
+
+    Of the vocabulary it has as much as such a model has of its layers: a few layers with all of it would be mostly
+    embeddings and head.
+    """
+    key = sources_key((*_STORE_SOURCES, *_GGUF_SOURCES))
+    store, gguf = folder / f"same-{n_layers}x-{key}", folder / f"same-{n_layers}x-{key}.gguf"
+    full = GEOMETRIES[MIXTRAL_8X7B]
+    vocab = full.vocab * n_layers // full.n_layers
+    geometry = replace(full, n_layers=n_layers, vocab=vocab)
+    stale = [old for old in folder.glob(f"same-{n_layers}x-*") if old not in (store, gguf)]
+    if not (store / "manifest.json").is_file():
+        make_room(store, plan_synthetic_store(geometry, QuantizeConfig()).nbytes, stale)
+        run_tool("tools.synthetic_store", str(store), "--layers", str(n_layers), "--vocab", str(vocab), "--for-gguf")
+    if not gguf.is_file():
+        make_room(gguf, _gguf_nbytes(n_layers, "Q4_K"), ())
+        run_tool("tools.gguf_file", "store", str(store), str(gguf))
+    return store, gguf
+
+
 def run_tool(module: str, *arguments: str) -> None:
     """Run one of our tools; raise CommandFailed with what it said last."""
     command = [sys.executable, "-m", module, *arguments]

@@ -17,6 +17,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.expert_kernels import measure_kernels
 from benchmarks.figures import Figure, table
 from benchmarks.full import measure_full
+from benchmarks.larger import measure_larger_demo, measure_larger_layers
 from benchmarks.layers import measure_layers
 from benchmarks.machine import describe_machine
 from benchmarks.peer import LLAMA_BENCH, find_llama_bench
@@ -45,6 +46,8 @@ BENCHMARKS: dict[str, Measure] = {
 }
 ON_REQUEST: dict[str, Measure] = {
     "full": measure_full,
+    "larger-demo": measure_larger_demo,
+    "larger-layers": measure_larger_layers,
     "solver": lambda _, settings: measure_solver(settings),
     "conversion": measure_conversion,
     "quality": measure_quality,
@@ -100,6 +103,8 @@ def cli(
     several    runners at the same time       store    daemon, sharing, first token
     cache      what an expert cache costs     requests  the daemon's answers, beside an echo
     full       a whole Mixtral-8x7B of 2 and 3 bits: writes 36 GB
+    larger-demo    the demo's model in half of its memory, beside llama.cpp: takes root
+    larger-layers  likewise, layers of Mixtral's size: writes 6.5 GB
     solver     one matrix, beside hqq         conversion  full-size matrices, whole
     quality    the paper's table of a checkpoint
     tiered     stores larger than their memory, where reading takes as long as computing

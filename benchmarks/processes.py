@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,30 +27,26 @@ class Environment:
 
     def expertd(self, *arguments: str) -> str:
         """Run `expertd` and return its standard output; raise CommandFailed."""
-        return self._run("expertd", *arguments)
+        return _run(_command("expertd", *arguments), self.variables)
 
     def runner(self, *arguments: str) -> str:
         """Run `runner` and return its standard output; raise CommandFailed."""
-        return self._run("runner", *arguments)
+        return _run(_command("runner", *arguments), self.variables)
 
     @contextmanager
-    def daemon(self, store: Path | None = None) -> Iterator[None]:
-        """Have a daemon run, with a store in memory perhaps, and stop it at the end."""
+    def daemon(
+        self,
+        store: Path | None = None,
+        *arguments: str,
+        confined: Callable[[list[str]], list[str]] = lambda command: command,
+    ) -> Iterator[None]:
+        """Have a daemon run, with a store in memory perhaps, and stop it at the end; `confined` changes the command."""
         try:
-            self.expertd("start", *([str(store)] if store else []))
+            _run(confined(_command("expertd", "start", *([str(store)] if store else []), *arguments)), self.variables)
             yield
         finally:
             with suppress(CommandFailed):
                 self.expertd("stop")
-
-    def _run(self, module: str, *arguments: str) -> str:
-        command = [sys.executable, "-m", module, *arguments]
-        result = subprocess.run(command, env=self.variables, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise CommandFailed(
-                f"{module} {arguments[0]}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
-            )
-        return result.stdout
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +89,18 @@ def private_dirty_nbytes(pid: int) -> int:
         elif is_counted and line.startswith("Private_Dirty:"):
             nbytes += int(line.split()[1]) * 1024
     return nbytes
+
+
+def _command(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def _run(command: list[str], variables: dict[str, str]) -> str:
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if result.returncode:
+        said = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CommandFailed(f"{' '.join(command[-4:])}: {said}")
+    return result.stdout
 
 
 def _kilobytes(path: Path, name: str) -> int:
