@@ -1,8 +1,9 @@
 """Which experts of later layers are hinted at, and what became of each hint.
 
 A hint goes out as soon as the gates of later layers have spoken, behind what the present layer demands: the layer that
-comes next before the one behind it, in a layer the likeliest expert first. With each message the daemon forgets the
-hints before it that it does not name: the truth about a layer cancels what was guessed wrong for it. Knows no messages.
+comes next before the one behind it, in a layer the likeliest expert first; the further ahead, the fewer. With each
+message the daemon forgets the hints before it that it does not name: the truth about a layer cancels what was guessed
+wrong for it. Knows no messages.
 """
 
 from collections.abc import Collection, Iterable
@@ -56,7 +57,11 @@ class Foreseen:
         guesses, self._guesses = self._guesses, []
         if self._guard is not None and not self._guard.is_on:
             guesses = []
-        named = (ExpertKey(layer, expert) for layer, guess in guesses for expert in likeliest_first(guess()))
+        named = (
+            ExpertKey(layer, expert)
+            for distance, (layer, guess) in enumerate(guesses)
+            for expert in likeliest_first(guess(), distance)
+        )
         keys = dict.fromkeys(key for key in named if self._presence.find(key) is None)
         hinted = tuple(keys)[:n_most]
         for key in [key for key in self._open if key not in keys and self._presence.find(key) is None]:
@@ -81,11 +86,14 @@ class Foreseen:
 _NOTHING = object()
 
 
-def likeliest_first(guessed: Tensor) -> Iterable[int]:
-    """Return the ids of a guess, int64 [n] or [T, n_guessed]: every token's likeliest before any token's second."""
+def likeliest_first(guessed: Tensor, distance: int = 0) -> Iterable[int]:
+    """Return the ids of a guess, int64 [n] or [T, n_guessed]: every token's likeliest before any token's second.
+
+    Of a guess for a layer that is `distance` layers behind the next one only the likeliest part, half of it each time:
+    the others are wrong too often for what reading them takes.
+    """
     rows = guessed.tolist()
     if not rows or not isinstance(rows[0], list):
         return rows
-    if len(rows) == 1:
-        return rows[0]
-    return [expert for rank in zip(*rows, strict=True) for expert in rank]
+    n_kept = max(1, len(rows[0]) >> distance)
+    return [expert for rank in list(zip(*rows, strict=True))[:n_kept] for expert in rank]

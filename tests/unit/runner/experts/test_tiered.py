@@ -14,6 +14,7 @@ from quant.workspace import Workspace
 from runner.errors import CorruptExpert, ReadFailed, StoreUnavailable
 from runner.experts.compute import CExperts
 from runner.experts.counters import Counters
+from runner.experts.foreseen import likeliest_first
 from runner.experts.tiered import TieredExperts
 from tests.support.slot_store import Faults, SlotStore
 from tests.support.watched_compute import WatchedCompute
@@ -226,6 +227,14 @@ def test_hints_leave_the_slots_alone_that_the_present_layer_needs() -> None:
         experts.forward(step.layer, step.hidden_states, step.expert_ids, step.weights)
 
     assert [message.keys for message in sent(store, Prefetch)] == [(ExpertKey(1, 0), ExpertKey(1, 1))]
+
+
+def test_every_tokens_likeliest_expert_goes_first_and_of_layers_further_ahead_nothing_else() -> None:
+    guessed = torch.tensor([[1, 2, 3, 4], [5, 2, 6, 7]])
+
+    assert likeliest_first(guessed) == [1, 5, 2, 2, 3, 6, 4, 7]
+    assert likeliest_first(guessed, 1) == [1, 5, 2, 2]
+    assert likeliest_first(guessed, 4) == [1, 5]
 
 
 def test_a_miss_is_counted_with_the_bytes_that_were_read() -> None:
