@@ -67,15 +67,14 @@ class Requests:
         """Return the next message, None if none comes in time; raise SessionGone or StoreUnavailable."""
         end_s = time.monotonic() + timeout_s
         while True:
-            try:
+            ready = dict(self._poller.poll(math.ceil(max(0.0, timeout_s) * 1e3)))
+            if self._socket in ready:
                 return _decoded(self._socket.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                left_s = end_s - time.monotonic()
-            if left_s <= 0.0:
-                return None
-            ready = dict(self._poller.poll(math.ceil(left_s * 1e3)))
-            if self._socket not in ready and self._control.fileno() in ready and not self._control.is_open():
+            if timeout_s > 0.0 and self._control.fileno() in ready and not self._control.is_open():
                 raise SessionGone("the session with expertd has ended")
+            timeout_s = end_s - time.monotonic()
+            if timeout_s <= 0.0:
+                return None
 
 
 def _decoded(data: bytes) -> Message:

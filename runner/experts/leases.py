@@ -38,7 +38,6 @@ class Leases:
         self._used: dict[ExpertKey, None] = {}  # since the last release, the latest last
         self._n_refused: dict[ExpertKey, int] = {}
         self._n_unanswered = 0
-        self.n_messages = 0
 
     @property
     def are_all_there(self) -> bool:
@@ -92,6 +91,8 @@ class Leases:
             if message is not None:
                 self._n_unanswered = 0
                 handles += self._take(message)
+                if not self._awaited:
+                    break
             elif handles or not waits or self.are_all_there:
                 break
             else:
@@ -159,7 +160,6 @@ class Leases:
         self._ask()
 
     def _send(self, message: Message) -> None:
-        self.n_messages += 1
         self._requests.send(message)
 
     def _next_id(self) -> int:

@@ -32,6 +32,8 @@ from runner.store_view import HostSlots, StoreView
 
 # A hint that is older than this is of a runner that has stopped.
 _DEADLINE_MS = 2000
+# More than that of one session are dropped (docs/protocol.md, section 5).
+_HINTS_MAX = 64
 # An expert that the daemon took back so often while it was computed: something is wrong with one of us.
 _LOSSES_MAX = 16
 _SESSIONS_MAX = 10
@@ -65,11 +67,6 @@ class TieredExperts:
     def counters(self) -> Counters:
         """What happened until now."""
         return self._tally.snapshot()
-
-    @property
-    def n_messages(self) -> int:
-        """How many messages this session has sent until now."""
-        return self._leases.n_messages
 
     def forward(self, layer: int, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, fp32 [T, hidden].
@@ -189,7 +186,7 @@ class TieredExperts:
 
     def _hint(self, n_chosen: int) -> None:
         """Tell the daemon what later layers are likely to choose, as far as slots go beside the present layer's."""
-        hints = self._foreseen.hints(self._presence.n_slots - n_chosen)
+        hints = self._foreseen.hints(min(self._presence.n_slots - n_chosen, _HINTS_MAX))
         if hints is not None:
             self._leases.release()  # what was used just now is not what makes room for what may be used
             self._leases.prefetch(hints, _DEADLINE_MS)
