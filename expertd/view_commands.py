@@ -58,8 +58,8 @@ def top(interval: float) -> None:
             return
         try:
             show_top(client, interval)
-        except DaemonUnavailable:
-            click.echo(f"expertd: the daemon, pid {client.welcome.pid}, has ended", err=True)
+        except DaemonUnavailable as error:  # it has ended, or hangs
+            click.echo(f"expertd: no more answers from the daemon, pid {client.welcome.pid}: {error}", err=True)
 
 
 @click.command()

@@ -101,7 +101,7 @@ def test_the_end_of_the_daemon_is_one_line(loaded: DaemonProcess) -> None:
 
     after = shown[shown.rindex(LEAVE_SCREEN) :]
     assert terminal.process.returncode == 0
-    assert f"expertd: the daemon, pid {loaded.pid}, has ended" in after
+    assert f"expertd: no more answers from the daemon, pid {loaded.pid}: expertd closed the connection" in after
     assert after.count("\n") == 1
 
 
