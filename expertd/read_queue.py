@@ -31,7 +31,7 @@ class Job:
     @property
     def n_pieces(self) -> int:
         """Into how many pieces the record is cut."""
-        return -(-self.record.nbytes // PIECE_NBYTES)
+        return n_pieces(self.record.nbytes)
 
     def span(self, piece: int) -> tuple[int, int]:
         """Return the first byte of a piece and the one after its last."""
@@ -88,6 +88,11 @@ class ReadQueue:
         """Forget everything."""
         self._awaited.clear()
         self._foreseen.clear()
+
+
+def n_pieces(nbytes: int) -> int:
+    """Return into how many pieces so many bytes are cut."""
+    return -(-nbytes // PIECE_NBYTES)
 
 
 class ReadLimit:

@@ -19,7 +19,7 @@ from expertd.offers import Adoption, Offers
 from expertd.sessions import Session, SessionTable
 from expertd.store import path_problem
 from expertd.stores import HeldStore, StoreTable
-from expertd.tiered import TieredReply
+from expertd.tiered import TieredReply, TieredStore
 from protocol import messages as m
 from protocol.fdpass import Credentials
 from protocol.messages import Code, Message, Refused, StoreState
@@ -255,21 +255,15 @@ class Service:
         """Return the answers that a message on the request channel leads to, to whomever."""
         session.n_requests += 1
         tiered = session.store.tiered if session.store else None
+        if tiered:
+            tiered.seen(session.session_id, now)
         match message:
             case m.GetStats(request_id):
                 return [Reply(session, session.stats(request_id, self._figures(session, now), now))]
-            case m.Acquire(request_id, keys) if tiered:
-                unknown = tiered.first_unknown(keys)
-                if unknown is not None:
-                    return self._refuse(session, request_id, Refused(Code.UNKNOWN_EXPERT, f"no expert {unknown}"))
-                return self._addressed(tiered.acquire(session.session_id, request_id, keys, now))
+            case m.Acquire() | m.Release() | m.Prefetch() if tiered:
+                return self._ask_slots(session, tiered, message, now)
             case m.Acquire(request_id):
                 return self._refuse(session, request_id, self._why_no_lease(session))
-            case m.Release(_, keys) if tiered:
-                return self._addressed(tiered.release(session.session_id, keys, now))
-            case m.Prefetch(_, keys, deadline_ms) if tiered:
-                known = [key for key in keys if tiered.first_unknown([key]) is None]
-                return self._addressed(tiered.prefetch(session.session_id, known, now + deadline_ms / 1000, now))
             case m.Release() | m.Prefetch():
                 return []  # without slots nothing is leased, foreseen or old
         raise TypeError(f"{type(message).__name__} is not decoded on the request channel")
@@ -288,6 +282,22 @@ class Service:
         return min((tick for tick in ticks if tick is not None), default=None)
 
     # --- private --------------------------------------------------------------------------------------------------
+
+    def _ask_slots(
+        self, session: Session, tiered: TieredStore, message: m.Acquire | m.Release | m.Prefetch, now: float
+    ) -> list[Reply]:
+        session_id = session.session_id
+        match message:
+            case m.Acquire(request_id, keys):
+                unknown = tiered.first_unknown(keys)
+                if unknown is not None:
+                    return self._refuse(session, request_id, Refused(Code.UNKNOWN_EXPERT, f"no expert {unknown}"))
+                return self._addressed(tiered.acquire(session_id, request_id, keys, now))
+            case m.Release(_, keys):
+                return self._addressed(tiered.release(session_id, keys, now))
+            case m.Prefetch(_, keys, deadline_ms):
+                known = [key for key in keys if tiered.first_unknown([key]) is None]
+                return self._addressed(tiered.prefetch(session_id, known, now + deadline_ms / 1000, now))
 
     def _reject(self, why: Rejection, refusal: Refused) -> Refused:
         self.counters.rejections[why] += 1

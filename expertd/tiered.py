@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from expertd.host_slots import Actions, Grant, HostSlots, ReadOutcome, SessionFigures
-from expertd.read_queue import PIECE_NBYTES
+from expertd.read_queue import n_pieces
 from expertd.reading import ReadEnd, RecordReader
 from expertd.slot_memory import SlotMemory
 from expertd.store import StoreFiles
@@ -58,7 +58,8 @@ class TieredStore:
         self._memory = memory
         self._wake = settings.wake
         self._ended: deque[ReadEnd] = deque()
-        n_records_to_be_busy = -(-settings.n_threads * PIECE_NBYTES // memory.area.slot_nbytes)
+        # Every thread has a piece, and a record is next; more would only stand in the way of whoever comes later.
+        n_records_to_be_busy = -(-settings.n_threads // n_pieces(memory.area.slot_nbytes))
         self._slots = HostSlots(memory.area.n_slots, n_reads_max=n_records_to_be_busy + 1)
         self._slots.corrupt.update(corrupt)
         files.open_direct()
