@@ -24,8 +24,8 @@ N_RUNNERS = 12
 
 @pytest.fixture(scope="module")
 def text_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose model never ends a text early: its end of sequence is a token that it does not choose."""
-    files = tokenizer_files(byte_level()) | {"generation_config.json": json.dumps({"eos_token_id": 257}).encode()}
+    """A store whose model never ends a text early: its end of sequence is a token that it does not have."""
+    files = tokenizer_files(byte_level()) | {"generation_config.json": json.dumps({"eos_token_id": 99999}).encode()}
     return make_small_store(tmp_path_factory.mktemp("text"), files=files, vocab=258).path
 
 

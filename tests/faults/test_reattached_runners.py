@@ -1,0 +1,94 @@
+"""Real runners in the middle of their text while their daemon is killed, started again and replaced: same tokens."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from expertd.store import read_manifest
+from protocol import messages as m
+from protocol.control_client import ControlClient
+from protocol.errors import DaemonUnavailable
+from protocol.messages import Status
+from protocol.runtime_dir import RuntimeDir
+from tests.support.daemon import (
+    background_pid,
+    launched_daemon,
+    run_expertd,
+    running_daemon,
+    stop_background_daemon,
+)
+from tests.support.paced_runner import PacedRunner, paced_runner
+from tests.support.segments import segments_of
+from tests.support.small_stores import make_small_store
+from tests.support.tokenizers import byte_level, tokenizer_files
+from tests.support.waiting import wait_until
+
+LENGTH = ("--max-new-tokens", "1200")
+N_KILLS = 10
+
+
+@pytest.fixture(scope="module")
+def text_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose model never ends a text early: its end of sequence is a token that it does not have."""
+    files = tokenizer_files(byte_level()) | {"generation_config.json": json.dumps({"eos_token_id": 99999}).encode()}
+    return make_small_store(tmp_path_factory.mktemp("text"), files=files, vocab=258).path
+
+
+def are_attached(runtime: RuntimeDir, runners: list[PacedRunner], digest: str) -> bool:
+    """Let every runner go on a little; return whether the daemon, if one answers, counts them all."""
+    for runner in runners:
+        assert runner.go_on(), "a text has ended too early"
+    try:
+        with ControlClient(runtime) as client:
+            stores = client.ask(m.GetStatus(), Status).stores
+    except DaemonUnavailable:
+        return False
+    return [store.n_sessions for store in stores if store.digest == digest] == [len(runners)]
+
+
+def test_ten_daemons_die_in_one_text_and_it_is_the_same(runtime: RuntimeDir, text_store: Path) -> None:
+    """Every other daemon is told to load the store, and waits for who has it; the others know nothing of it."""
+    digest = read_manifest(text_store).digest
+    n_attached = 0
+    with running_daemon(runtime, str(text_store)) as daemon:
+        with paced_runner(text_store, *LENGTH) as runner:
+            undisturbed = runner.finish()
+        with paced_runner(text_store, *LENGTH, autostart=False) as runner:
+            runner.begin()
+            segments = segments_of(runner.process.pid)
+            daemon.kill()
+            for number in range(N_KILLS):
+                stores = [] if number % 2 else [str(text_store)]
+                with launched_daemon(runtime, *stores) as (next_daemon, _):
+                    wait_until(lambda: are_attached(runtime, [runner], digest), "the runner to be attached again")
+                    n_attached += 1
+                    next_daemon.kill()
+            held = segments_of(runner.process.pid)
+            disturbed = runner.finish()
+
+    assert n_attached == N_KILLS
+    assert disturbed == undisturbed
+    assert held == segments
+    assert "store loaded" not in daemon.log.split("serving", 2)[2]
+
+
+def test_a_restart_under_load_costs_no_token(runtime: RuntimeDir, text_store: Path) -> None:
+    digest = read_manifest(text_store).digest
+    run_expertd("start", text_store)
+    with paced_runner(text_store, *LENGTH) as runner:
+        undisturbed = runner.finish()
+    with paced_runner(text_store, *LENGTH) as one, paced_runner(text_store, *LENGTH) as two:
+        one.begin()
+        two.begin()
+        before = segments_of(one.process.pid, two.process.pid)
+
+        results = [run_expertd("restart") for _ in range(2)]
+        wait_until(lambda: are_attached(runtime, [one, two], digest), "both runners to be attached again")
+        after = segments_of(one.process.pid, two.process.pid, background_pid(runtime) or 0)
+        texts = [one.finish(), two.finish()]
+    stop_background_daemon(runtime)
+
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    assert texts == [undisturbed, undisturbed]
+    assert after == before
