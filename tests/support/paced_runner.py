@@ -60,7 +60,7 @@ def paced_runner(store: Path, *options: str, autostart: bool = True) -> Iterator
             # So little that a few tokens fill it.
             writer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, env=environment
+                command, stdin=subprocess.DEVNULL, stdout=writer.fileno(), stderr=subprocess.PIPE, env=environment
             )
         with process:
             try:
