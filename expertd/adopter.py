@@ -58,7 +58,8 @@ class Adopter:
 
     def still_needs_reading(self, store: HeldStore, attached_pids: Collection[int]) -> bool:
         """Wait for who may offer the store; return False if it is ready, or not wanted, before it was read."""
-        holders = pids_with_segments({os.getpid(), *attached_pids})
+        known = {os.getpid(), store.asked_by, *attached_pids}
+        holders = [] if _has_slots(store) else pids_with_segments(known)
         until = time.monotonic() + (OFFER_WITHIN_S if holders else 0.0)
         if holders:
             logger.info("waiting for offers digest=%s pids=%s", store.digest[:12], ",".join(map(str, holders)))
@@ -88,6 +89,16 @@ class Adopter:
             logger.exception("offer not proven by a fault of ours digest=%s", store.digest[:12])
             refused = Refused(Code.STORE_INVALID, "expertd failed while proving it; its log has the story")
         self._post(lambda: self._on_failed(adoption, refused))
+
+
+def _has_slots(store: HeldStore) -> bool:
+    """Whether the store is to be held in less memory than it has: nobody can offer slots."""
+    allowed = store.wish.memory_nbytes
+    try:
+        manifest = read_manifest(store.path)
+    except StoreInvalid:
+        return False
+    return allowed is not None and allowed < manifest.dense_nbytes + manifest.experts_nbytes
 
 
 def _is_another_there(store: HeldStore) -> bool:

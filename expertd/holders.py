@@ -6,7 +6,7 @@ from pathlib import Path
 _MAPPED = b"/memfd:expertd-store"
 
 
-def pids_with_segments(known: Collection[int]) -> list[int]:
+def pids_with_segments(known: Collection[int | None]) -> list[int]:
     """Return the processes, beside the known ones, that map segments; those of other users are not seen."""
     pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return [pid for pid in sorted(pids) if pid not in known and _maps_segments(pid)]

@@ -158,7 +158,7 @@ class Service:
             case m.Attach(digest):
                 return self._attach(session, digest)
             case m.Load():
-                return self._load(message, now)
+                return self._load(session, message, now)
             case m.Unload(digest):
                 return self._unload(digest)
             case m.Stop():
@@ -329,7 +329,7 @@ class Service:
         fds = tuple(store.loaded.fds)
         return Outcome(m.Attached(digest, len(fds)), fds=fds)
 
-    def _load(self, wanted: m.Load, now: float) -> Outcome:
+    def _load(self, session: Session, wanted: m.Load, now: float) -> Outcome:
         path, digest = wanted.path, wanted.digest
         if self._is_draining:
             return Outcome(Refused(Code.DRAINING, "expertd is stopping"))
@@ -346,6 +346,7 @@ class Service:
             return Outcome(Refused(Code.TOO_MANY, f"{STORES_MAX} stores are held; unload one"))
         self._busy_at = now
         store = self.begin_load(Path(path), digest, MemoryWish(wanted.memory_nbytes, wanted.pinned))
+        store.asked_by = session.peer.pid
         return Outcome(self._store_status(store), load=store)
 
     def _unload(self, digest: str) -> Outcome:

@@ -25,6 +25,7 @@ class HeldStore:
     loaded: LoadedStore | None = None
     error: Refused | None = None
     is_read: bool = False  # a load from disk is wished for, or under way
+    asked_by: int | None = None  # the process that has it loaded: it waits, and offers nothing
     is_proven: bool = False  # what somebody offered is being checked
 
     @property

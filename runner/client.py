@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -20,12 +22,14 @@ from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import close_all
 from protocol.handles import ExpertKey
 from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, manifest_digest
-from protocol.messages import Code
-from protocol.segment import map_segment, segment_nbytes
+from protocol.messages import Code, GetStatus, Load, Status
+from protocol.segment import SegmentKind, map_segment, segment_nbytes
+from protocol.slot_table import SlotArea
 from runner.config import RunnerConfig, my_runtime_dir
 from runner.errors import CorruptExpert, StoreChanged, StoreInvalid, StoreUnavailable
 from runner.host_slots import AttachedSlots
 from runner.reattach import Identity, Session
+from runner.recovery import Recovery
 
 _ATTEMPTS_MAX = 3
 # What `expertd start STORE` mends, or says anew: what failed to load earlier may load now.
@@ -44,8 +48,19 @@ class AttachedStore:
     Views and tensors made from them stay valid after closing; the memory goes when the last of them does.
     """
 
-    def __init__(self, path: Path, client: ControlClient, digest: str, *, started_daemon: bool) -> None:
-        """Attach over a fresh session; raise ProtocolError or StoreChanged. The client is owned from here on."""
+    def __init__(
+        self,
+        path: Path,
+        client: ControlClient,
+        digest: str,
+        *,
+        started_daemon: bool = False,
+        start_daemon: Callable[[], None] | None = None,
+    ) -> None:
+        """Attach over a fresh session; raise ProtocolError or StoreChanged. The client is owned from here on.
+
+        `start_daemon` starts one when this one is gone and the store cannot do without; None: that is not allowed.
+        """
         start = time.perf_counter()
         self.path = path
         self.started_daemon = started_daemon
@@ -68,7 +83,10 @@ class AttachedStore:
         finally:
             close_all(fds)
         reached(FaultPoint.RUNNER_ATTACHED)
-        self._slots = self._open_slots(client)
+        self._slots: AttachedSlots | None = None
+        if self._catalogue.slots is not None:
+            self._recovery = Recovery(my_runtime_dir(), self._load_again(client), start_daemon)
+            self._slots = self._open_slots(client, self._catalogue.slots)
         self.shared_nbytes = sum(sizes)
         self.attach_s = time.perf_counter() - start
 
@@ -126,14 +144,49 @@ class AttachedStore:
         self._session.close()
         self._views = []
 
-    def _open_slots(self, client: ControlClient) -> AttachedSlots | None:
-        area = self._catalogue.slots
-        if area is None:
-            return None
+    def _open_slots(self, client: ControlClient, area: SlotArea) -> AttachedSlots:
         keys = self.manifest.experts.keys() - self._catalogue.experts.keys()
         from runner.requests import Requests  # ZeroMQ takes a moment to import, which a resident store does not need
 
-        return AttachedSlots(area, self._views, keys, Requests(my_runtime_dir(), client))
+        return AttachedSlots(area, self._views, keys, Requests(my_runtime_dir(), client), renew=self._renew_slots)
+
+    def _load_again(self, client: ControlClient) -> Load:
+        """Return what makes another daemon hold the store as this one does."""
+        digest = self.manifest.digest
+        stores = client.ask(GetStatus(), Status).stores
+        memory_nbytes = next((store.memory_nbytes for store in stores if store.digest == digest), None)
+        return Load(str(self.path.absolute()), digest, memory_nbytes, tuple(self._catalogue.experts))
+
+    def _renew_slots(self) -> AttachedSlots:
+        """Return the slots of whoever serves the store now; raise StoreUnavailable or StoreChanged."""
+        n_sealed = sum(self._catalogue.kind(i) is SegmentKind.SEALED for i in range(len(self._views)))
+        self._views = self._views[:n_sealed]
+        had = self._recovery.attach()
+        try:
+            area = self._map_new_slots(had.fds)
+            self._session.go_over(had.client, had.fds[: 1 + area.first_segment])
+        except BaseException:
+            had.client.close()
+            raise
+        finally:
+            close_all(had.fds)
+        self._slots = self._open_slots(had.client, area)
+        return self._slots
+
+    def _map_new_slots(self, fds: list[int]) -> SlotArea:
+        """Map the slots of another daemon behind the sealed segments that are mapped already."""
+        try:
+            catalogue = _map_catalogue(fds[0], self.manifest.digest)
+            area = catalogue.slots
+            is_held_alike = (catalogue.experts, catalogue.dense) == (self._catalogue.experts, self._catalogue.dense)
+            if area is None or not is_held_alike or len(fds) != 1 + len(catalogue.segments_nbytes):
+                raise StoreUnavailable(f"{self.path}: another expertd holds it with another budget now; start again")
+            for segment in range(area.first_segment, len(catalogue.segments_nbytes)):
+                nbytes, kind = catalogue.segments_nbytes[segment], catalogue.kind(segment)
+                self._views.append(map_segment(fds[1 + segment], nbytes, kind))
+        except ProtocolError as error:
+            raise StoreUnavailable(f"{self.path}: {error}") from None
+        return area
 
 
 def attach(path: Path, config: RunnerConfig) -> AttachedStore:
@@ -145,7 +198,7 @@ def attach(path: Path, config: RunnerConfig) -> AttachedStore:
     started_daemon = False
     for _ in range(_ATTEMPTS_MAX):
         try:
-            return _attach_once(path, digest, started_daemon=started_daemon)
+            return _attach_once(path, digest, config, started_daemon=started_daemon)
         except DaemonUnavailable as error:
             reason = str(error)
         except RequestRefused as refusal:
@@ -156,24 +209,26 @@ def attach(path: Path, config: RunnerConfig) -> AttachedStore:
             raise StoreUnavailable(f"{path}: {error}") from None
         if not config.autostart:
             raise StoreUnavailable(f"{path}: {reason}; `expertd start {path}` serves it")
-        _start_daemon(path)
+        # It says on standard error what stays in memory and how to end it.
+        _run_expertd(path, "start", str(path.absolute()))
         started_daemon = True
     raise StoreUnavailable(f"{path}: {reason}, though expertd was started {_ATTEMPTS_MAX} times")
 
 
-def _attach_once(path: Path, digest: str, *, started_daemon: bool) -> AttachedStore:
+def _attach_once(path: Path, digest: str, config: RunnerConfig, *, started_daemon: bool) -> AttachedStore:
     client = ControlClient(my_runtime_dir())
+    start_daemon = partial(_run_expertd, path, "start") if config.autostart else None
     try:
-        return AttachedStore(path, client, digest, started_daemon=started_daemon)
+        return AttachedStore(path, client, digest, started_daemon=started_daemon, start_daemon=start_daemon)
     except BaseException:
         client.close()
         raise
 
 
-def _start_daemon(path: Path) -> None:
-    """Run `expertd start STORE`, which says on standard error what stays in memory and how to end it."""
+def _run_expertd(path: Path, *arguments: str) -> None:
+    """Run `expertd`, for the store in that directory; raise StoreUnavailable."""
     # With -P: nothing of the folder that the user happens to stand in is imported.
-    command = [sys.executable, "-P", "-m", "expertd", "start", str(path.absolute())]
+    command = [sys.executable, "-P", "-m", "expertd", *arguments]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=False)
     if result.returncode:
         raise StoreUnavailable(f"{path}: `expertd start` failed with exit code {result.returncode}, see above")

@@ -1,12 +1,12 @@
 """The slots of a store that is larger than its memory, as one session has mapped them. Knows no messages' meaning."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from protocol.errors import SegmentError
 from protocol.handles import ExpertHandle, ExpertKey
 from protocol.slot_table import SlotArea, SlotTable
-from runner.errors import StoreChanged, StoreUnavailable
+from runner.errors import StoreChanged
 
 if TYPE_CHECKING:
     from runner.requests import Requests
@@ -16,9 +16,17 @@ class AttachedSlots:
     """HostSlots over mapped segments. Closing it ends the requests; the mapping goes with the last who looks at it."""
 
     def __init__(
-        self, area: SlotArea, views: Sequence[memoryview], keys: Collection[ExpertKey], requests: "Requests"
+        self,
+        area: SlotArea,
+        views: Sequence[memoryview],
+        keys: Collection[ExpertKey],
+        requests: "Requests",
+        *,
+        renew: "Callable[[], AttachedSlots]",
     ) -> None:
+        """`renew` attaches anew; it raises StoreUnavailable."""
         self._area = area
+        self._renew = renew
         self._views = views
         self.keys = keys
         self.n_slots = area.n_slots
@@ -39,10 +47,9 @@ class AttachedSlots:
 
     def renewed(self) -> "AttachedSlots":
         """Return the slots of a new session in place of one that is gone; raise StoreUnavailable."""
-        raise StoreUnavailable(
-            "the session with expertd has ended, and what is not in memory cannot be read without it; "
-            "`expertd start` and a new run go on"
-        )
+        self.close()
+        self._views = ()  # whoever is allotted new slots must not find the memory of the old ones taken
+        return self._renew()
 
     def close(self) -> None:
         """End the requests; calling it again does nothing."""

@@ -86,6 +86,12 @@ class Session:
             self._again_s = _AGAIN_S_MIN
             self._attach(now)
 
+    def go_over(self, client: ControlClient, fds: Sequence[int]) -> None:
+        """Go on in a session that somebody opened meanwhile; the descriptors, as above, stay the caller's."""
+        self._let_go()
+        self._client = client
+        self._take([os.dup(fd) for fd in fds])
+
     def close(self) -> None:
         """End the session; calling it again does nothing."""
         self._let_go()

@@ -94,10 +94,12 @@ class TieredExperts:
     def _in_some_session(self, action: Callable[[], None]) -> None:
         """Do it, anew with the slots of another session as often as the one before is gone."""
         for _ in range(_SESSIONS_MAX):
+            if self._is_gone:
+                self._use(self._slots.renewed())
             try:
                 action()
             except SessionGone:
-                self._use(self._slots.renewed())
+                self._let_go()
             else:
                 return
         raise StoreUnavailable(f"{_SESSIONS_MAX} sessions with expertd ended while one layer was computed")
@@ -113,6 +115,13 @@ class TieredExperts:
         self._foreseen = Foreseen(self._presence, self._tally, self._guard)
         self._compute.use_slots(self._presence.records)
         self._is_in_call = False
+        self._is_gone = False
+
+    def _let_go(self) -> None:
+        """Hold nothing of a session that is gone: the memory of its slots may be needed for the next one's."""
+        self._is_gone = True
+        self._compute.use_slots(())
+        self._presence.records.clear()
 
     def _compute_call(self, call: ExpertCall, chosen: Sequence[int]) -> None:
         if self._is_in_call:

@@ -1,10 +1,13 @@
 """Real runners in the middle of their text while their daemon is killed, started again and replaced: same tokens."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from expertd.budget import least_nbytes
 from expertd.store import read_manifest
 from protocol import messages as m
 from protocol.control_client import ControlClient
@@ -22,7 +25,7 @@ from tests.support.paced_runner import PacedRunner, paced_runner
 from tests.support.segments import segments_of
 from tests.support.small_stores import make_small_store
 from tests.support.tokenizers import byte_level, tokenizer_files
-from tests.support.waiting import wait_until
+from tests.support.waiting import wait_for_exit, wait_until
 
 LENGTH = ("--max-new-tokens", "1200")
 N_KILLS = 10
@@ -33,6 +36,14 @@ def text_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose model never ends a text early: its end of sequence is a token that it does not have."""
     files = tokenizer_files(byte_level()) | {"generation_config.json": json.dumps({"eos_token_id": 99999}).encode()}
     return make_small_store(tmp_path_factory.mktemp("text"), files=files, vocab=258).path
+
+
+@pytest.fixture(scope="module")
+def wide_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store like that, of so many experts that a small budget holds few of them."""
+    files = tokenizer_files(byte_level()) | {"generation_config.json": json.dumps({"eos_token_id": 99999}).encode()}
+    folder = tmp_path_factory.mktemp("wide")
+    return make_small_store(folder, files=files, vocab=258, n_experts=8, n_layers=3).path
 
 
 def are_attached(runtime: RuntimeDir, runners: list[PacedRunner], digest: str) -> bool:
@@ -92,3 +103,46 @@ def test_a_restart_under_load_costs_no_token(runtime: RuntimeDir, text_store: Pa
     assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
     assert texts == [undisturbed, undisturbed]
     assert after == before
+
+
+def test_over_slots_the_runner_starts_the_daemon_that_it_needs_ten_times_and_the_text_is_the_same(
+    runtime: RuntimeDir, wide_store: Path
+) -> None:
+    manifest = read_manifest(wide_store)
+    budget_nbytes = least_nbytes(manifest) + manifest.experts_nbytes // 8
+    short = ("--max-new-tokens", "400")
+    pids = []
+    with running_daemon(runtime, str(wide_store)), paced_runner(wide_store, *short) as runner:
+        resident = runner.finish()
+    run_expertd("start", wide_store, "--memory", str(budget_nbytes))
+    with paced_runner(wide_store, *short) as runner:
+        runner.begin()
+        for _ in range(N_KILLS):
+            pid = background_pid(runtime)
+            assert pid is not None
+            pids.append(pid)
+            os.kill(pid, signal.SIGKILL)
+            wait_for_exit(pid)
+            wait_until(lambda: are_attached(runtime, [runner], manifest.digest), "the runner to have slots again")
+        text = runner.finish()
+        with ControlClient(runtime) as client:
+            (held,) = client.ask(m.GetStatus(), Status).stores
+    stop_background_daemon(runtime)
+
+    assert text == resident
+    assert len(set(pids)) == N_KILLS
+    assert (held.memory_nbytes, held.n_slots > 0) == (budget_nbytes, True)
+
+
+def test_over_slots_without_autostart_the_runner_says_what_it_lacks(runtime: RuntimeDir, wide_store: Path) -> None:
+    manifest = read_manifest(wide_store)
+    with (
+        running_daemon(runtime, str(wide_store), "--memory", str(least_nbytes(manifest))) as daemon,
+        paced_runner(wide_store, "--max-new-tokens", "400", autostart=False) as runner,
+    ):
+        runner.begin()
+        daemon.kill()
+
+        said = runner.fail()
+
+    assert "no expertd runs, and what is not in memory cannot be read without it" in said

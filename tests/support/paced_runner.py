@@ -40,13 +40,22 @@ class PacedRunner:
 
     def finish(self) -> bytes:
         """Return the whole text; fail if the runner does."""
+        said = self._read_all()
+        assert self.process.wait(TIMEOUT_S) == 0, said
+        return bytes(self.text)
+
+    def fail(self) -> str:
+        """Return what the runner says went wrong."""
+        said = self._read_all()
+        assert self.process.wait(TIMEOUT_S) == 1, said
+        return said
+
+    def _read_all(self) -> str:
         self.sock.settimeout(TIMEOUT_S)
         while piece := self.sock.recv(1 << 16):
             self.text += piece
         assert self.process.stderr is not None
-        said = self.process.stderr.read()
-        assert self.process.wait(TIMEOUT_S) == 0, said.decode()
-        return bytes(self.text)
+        return self.process.stderr.read().decode()
 
 
 @contextmanager
