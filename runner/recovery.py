@@ -62,6 +62,7 @@ class Recovery:
                 if self._start_daemon is not None and n_starts < _STARTS_MAX:
                     n_starts += 1
                     self._start_daemon()
+                    until = self._clock() + _WITHIN_S
             except ProtocolError as error:
                 raise StoreUnavailable(f"{self._load.path}: {error}") from None
             if self._clock() > until:

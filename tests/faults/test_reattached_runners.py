@@ -29,6 +29,7 @@ from tests.support.waiting import wait_for_exit, wait_until
 
 LENGTH = ("--max-new-tokens", "1200")
 N_KILLS = 10
+WITHIN_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,9 @@ def test_ten_daemons_die_in_one_text_and_it_is_the_same(runtime: RuntimeDir, tex
             for number in range(N_KILLS):
                 stores = [] if number % 2 else [str(text_store)]
                 with launched_daemon(runtime, *stores) as (next_daemon, _):
-                    wait_until(lambda: are_attached(runtime, [runner], digest), "the runner to be attached again")
+                    wait_until(
+                        lambda: are_attached(runtime, [runner], digest), "the runner to be attached again", WITHIN_S
+                    )
                     n_attached += 1
                     next_daemon.kill()
             held = segments_of(runner.process.pid)
@@ -95,7 +98,7 @@ def test_a_restart_under_load_costs_no_token(runtime: RuntimeDir, text_store: Pa
         before = segments_of(one.process.pid, two.process.pid)
 
         results = [run_expertd("restart") for _ in range(2)]
-        wait_until(lambda: are_attached(runtime, [one, two], digest), "both runners to be attached again")
+        wait_until(lambda: are_attached(runtime, [one, two], digest), "both runners to be attached again", WITHIN_S)
         after = segments_of(one.process.pid, two.process.pid, background_pid(runtime) or 0)
         texts = [one.finish(), two.finish()]
     stop_background_daemon(runtime)
@@ -123,7 +126,9 @@ def test_over_slots_the_runner_starts_the_daemon_that_it_needs_ten_times_and_the
             pids.append(pid)
             os.kill(pid, signal.SIGKILL)
             wait_for_exit(pid)
-            wait_until(lambda: are_attached(runtime, [runner], manifest.digest), "the runner to have slots again")
+            wait_until(
+                lambda: are_attached(runtime, [runner], manifest.digest), "the runner to have slots again", WITHIN_S
+            )
         text = runner.finish()
         with ControlClient(runtime) as client:
             (held,) = client.ask(m.GetStatus(), Status).stores
