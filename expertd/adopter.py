@@ -1,7 +1,7 @@
 """The thread that proves what clients offer, and the moment that a load gives them before it reads.
 
 A daemon that starts while runners still map the store of one before it would need the memory twice. They find it at
-their next token and offer what they hold; so where somebody maps segments and has no session yet, a load waits
+their next token and offer what they hold; so where somebody maps that store and has no session yet, a load waits
 OFFER_WITHIN_S for an offer, and for as long as one is being proven. Where nobody does, nothing waits.
 
     main thread      start; on_taken and on_failed are posted to it
@@ -59,7 +59,7 @@ class Adopter:
     def still_needs_reading(self, store: HeldStore, attached_pids: Collection[int]) -> bool:
         """Wait for who may offer the store; return False if it is ready, or not wanted, before it was read."""
         known = {os.getpid(), store.asked_by, *attached_pids}
-        holders = [] if _has_slots(store) else pids_with_segments(known)
+        holders = [] if _has_slots(store) else pids_with_segments(store.digest, known)
         until = time.monotonic() + (OFFER_WITHIN_S if holders else 0.0)
         if holders:
             logger.info("waiting for offers digest=%s pids=%s", store.digest[:12], ",".join(map(str, holders)))

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from expertd.budget import ALL_THERE_IS, MemoryWish, TierPlan, plan_memory
 from expertd.errors import LoadCancelled, StoreInvalid
+from expertd.holders import segment_name
 from expertd.slot_memory import SlotMemory
 from expertd.store import StoreFiles
 from expertd.tiered import TieredStore
@@ -160,7 +161,7 @@ class Loader:
         return SlotMemory(area, builders[:-1], builders[-1])
 
     def _load_segment(self, work: _Work, nbytes: int, items: list[_Item]) -> int:
-        with SegmentBuilder("expertd-store", nbytes) as builder:
+        with SegmentBuilder(segment_name(work.files.manifest.digest), nbytes) as builder:
 
             def read(item: _Item) -> None:
                 self._check_wanted()
