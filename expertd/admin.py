@@ -21,7 +21,7 @@ from expertd.errors import ExpertdError, LoadFailed, StartFailed
 from expertd.store import path_problem, read_manifest
 from protocol import messages as m
 from protocol.control_client import ControlClient
-from protocol.errors import DaemonUnavailable, RequestRefused
+from protocol.errors import DaemonSilent, DaemonUnavailable, RequestRefused
 from protocol.fault_points import FaultPoint, reached
 from protocol.messages import StoreState, StoreStatus
 from protocol.runtime_dir import RuntimeDir, create_runtime_dir
@@ -53,6 +53,8 @@ def start_in_background(directory: RuntimeDir, arguments: list[str]) -> StartedD
     """Return a session with this user's daemon, started with those arguments if none ran; raise StartFailed."""
     try:
         return StartedDaemon(ControlClient(directory), was_started=False)
+    except DaemonSilent:
+        raise  # it holds the lock: another one cannot be started
     except DaemonUnavailable:
         was_started = _spawn(directory, arguments)
     deadline = time.monotonic() + _MEET_WITHIN_S

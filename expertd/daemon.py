@@ -29,7 +29,7 @@ from expertd.adopter import Adopter
 from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.config import DaemonConfig
 from expertd.control import ControlLoop
-from expertd.errors import AlreadyRunning, ExpertdError, LoadCancelled, LoadFailed
+from expertd.errors import AlreadyRunning, ExpertdError, LoadCancelled, LoadFailed, PlaceLost
 from expertd.handover import TakenStore, prove_kept, take_over
 from expertd.lifecycle import (
     BUSY,
@@ -63,6 +63,8 @@ logger = logging.getLogger(__name__)
 
 # The daemon before has ended when its lock is asked for; one that was started meanwhile may hold it for good.
 _LOCK_WITHIN_S = 1.0
+# How long a daemon whose directory is gone holds memory that nobody can ask for.
+_PLACE_TICK_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def run_daemon(
         raise
     with lock:
         taken += prove_kept(manager.take_kept(), n_threads=config.n_loader_threads)
-        daemon = Daemon(config, directory, ready, manager, log)
+        daemon = Daemon(config, directory, ready, manager, log, place=lock)
         daemon.run(orders, taken)
 
 
@@ -110,9 +112,17 @@ class Daemon:
     """The threads of the daemon and what passes between them."""
 
     def __init__(
-        self, config: DaemonConfig, directory: RuntimeDir, ready: ReadyPipe, manager: ServiceManager, log: DaemonLog
+        self,
+        config: DaemonConfig,
+        directory: RuntimeDir,
+        ready: ReadyPipe,
+        manager: ServiceManager,
+        log: DaemonLog,
+        *,
+        place: DaemonLock,
     ) -> None:
         self._config = config
+        self._place = place
         self._manager = manager
         self._ready: ReadyPipe | None = ready
         self._awaited: list[HeldStore] = []
@@ -137,7 +147,7 @@ class Daemon:
             on_taken=self._on_taken,
             on_failed=self._on_not_taken,
         )
-        supervision = Supervision(manager, self._service, lock, clock=time.monotonic)
+        self._supervision = Supervision(manager, self._service, lock, clock=time.monotonic)
         self._loads = ThreadPoolExecutor(1, "expertd-loader")
         self._control = ControlLoop(
             directory,
@@ -147,8 +157,8 @@ class Daemon:
             start_load=self._start_load,
             start_adoption=self._start_adoption,
             idle_timeout_s=config.idle_timeout_s or None,
-            after_round=supervision.after_round,
-            tick_s=supervision.tick_s,
+            after_round=self._after_round,
+            tick_s=min(_PLACE_TICK_S, self._supervision.tick_s or _PLACE_TICK_S),
         )
         self._requests = RequestServer(
             directory,
@@ -243,6 +253,13 @@ class Daemon:
         if self._n_signals > 1:
             os._exit(1)
         self._control.stop()
+
+    def _after_round(self) -> None:
+        """Tell the service manager what is new; end where no client can come any more."""
+        self._supervision.after_round()
+        if self._failure is None and not self._place.is_in_place():
+            self._failure = PlaceLost("the runtime directory was removed or replaced, and no client finds it any more")
+            self._control.stop()
 
     def _on_request_thread_failed(self) -> None:
         self._failure = ExpertdError("the request thread failed; the log has the story")

@@ -7,6 +7,7 @@ ExpertdError
 ├── LoadCancelled    the store is no longer wanted
 ├── AlreadyRunning   another daemon of this user holds the lock
 ├── StartFailed      the daemon did not come up
+├── PlaceLost        the directory where clients meet the daemon was removed or replaced
 └── LoadFailed       the daemon could not load a store
 """
 
@@ -37,6 +38,10 @@ class AlreadyRunning(ExpertdError):
 
 class StartFailed(ExpertdError):
     """The daemon did not come up."""
+
+
+class PlaceLost(ExpertdError):
+    """The directory where clients meet the daemon was removed or replaced."""
 
 
 class LoadFailed(ExpertdError):

@@ -55,8 +55,22 @@ class DaemonLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._unlink_sockets()
+        # Where the directory is another's by now, so are its sockets.
+        if self._is_lock_in_place():
+            self._unlink_sockets()
         os.close(self._fd)
+
+    def is_in_place(self) -> bool:
+        """Whether clients still find this daemon: its lock and its sockets lie where they were made."""
+        sockets = (self._directory.control_socket, self._directory.request_socket)
+        return self._is_lock_in_place() and all(map(os.path.lexists, sockets))
+
+    def _is_lock_in_place(self) -> bool:
+        try:
+            found = os.lstat(self._directory.lock)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._fd))
 
     def _unlink_sockets(self) -> None:
         self._directory.control_socket.unlink(missing_ok=True)

@@ -9,13 +9,15 @@ import click
 
 from expertd.config import my_runtime_dir
 from protocol.control_client import ControlClient
-from protocol.errors import DaemonUnavailable
+from protocol.errors import DaemonSilent, DaemonUnavailable
 
 
 def connect() -> ControlClient:
     """Return a session with this user's daemon; raise DaemonUnavailable, with what to do, if none runs."""
     try:
         return ControlClient(my_runtime_dir())
+    except DaemonSilent:
+        raise
     except DaemonUnavailable as error:
         raise DaemonUnavailable(f"{error}; start it with `expertd start STORE`") from None
 

@@ -147,13 +147,13 @@ class ControlClient:
         except BrokenPipeError:
             return  # the daemon hung up; why is what it sent last
         except OSError as error:
-            raise _unavailable(error) from None
+            raise _unavailable(self._sock, error) from None
 
     def _receive(self) -> tuple[Message, list[int]]:
         try:
             data, fds = fdpass.receive_packet_with_fds(self._sock, MESSAGE_NBYTES_MAX)
         except OSError as error:
-            raise _unavailable(error) from None
+            raise _unavailable(self._sock, error) from None
         if not data:
             raise DaemonUnavailable(_GONE)
         try:
@@ -187,9 +187,10 @@ def _expect(reply: Message, answer: type[_Answer]) -> _Answer:
     return reply
 
 
-def _unavailable(error: OSError) -> DaemonUnavailable:
+def _unavailable(sock: socket.socket, error: OSError) -> DaemonUnavailable:
     if isinstance(error, socket.timeout):
-        return DaemonSilent("expertd did not answer in time")
+        pid = fdpass.peer_credentials(sock).pid
+        return DaemonSilent(f"expertd did not answer in time; is it stopped? `kill -9 {pid}` ends it if it must")
     if isinstance(error, ConnectionResetError):  # it went with something of ours unread
         return DaemonUnavailable(_GONE)
     return DaemonUnavailable(f"the connection to expertd broke ({error.strerror or error})")

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from protocol.catalogue import CATALOGUE_NBYTES_MAX, Catalogue, decode_catalogue
 from protocol.control_client import ControlClient
-from protocol.errors import DaemonUnavailable, ManifestError, ProtocolError, RequestRefused
+from protocol.errors import DaemonSilent, DaemonUnavailable, ManifestError, ProtocolError, RequestRefused
 from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import close_all
 from protocol.handles import ExpertKey
@@ -199,6 +199,8 @@ def attach(path: Path, config: RunnerConfig) -> AttachedStore:
     for _ in range(_ATTEMPTS_MAX):
         try:
             return _attach_once(path, digest, config, started_daemon=started_daemon)
+        except DaemonSilent as error:
+            raise StoreUnavailable(f"{path}: {error}") from None
         except DaemonUnavailable as error:
             reason = str(error)
         except RequestRefused as refusal:

@@ -166,7 +166,7 @@ def test_a_frozen_daemon_is_waited_for_so_long_and_goes_on_as_if_nothing_had_bee
         fds, segments = settled_fds(daemon), segments_of(daemon.pid)
         grown = daemon.private_nbytes() - undisturbed.private_nbytes
 
-    assert told_meanwhile == step.when_frozen
+    assert told_meanwhile.startswith(step.when_frozen)
     assert first_told == (ABSENT if step.when_frozen == ABSENT else NOTHING)
     assert next_told == [NOTHING, NOTHING]
     assert fds == undisturbed.fds
@@ -184,7 +184,8 @@ def test_a_daemon_frozen_on_its_way_down_ends_when_it_can(
         thaw(daemon.pid)
         code = daemon.process.wait(timeout=20)
 
-    assert (first_told, second_told) == (NOTHING, step.when_frozen)
+    assert first_told == NOTHING
+    assert second_told.startswith(step.when_frozen)
     assert code == 0
     assert not runtime.control_socket.exists()
     assert not runtime.request_socket.exists()
