@@ -17,6 +17,7 @@ from expertd.loader import LoadedStore
 from expertd.store import is_intact
 from protocol.catalogue import CATALOGUE_NBYTES_MAX, Catalogue, decode_catalogue
 from protocol.errors import ProtocolError
+from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import close_all
 from protocol.handles import DenseHandle, ExpertHandle, ExpertKey
 from protocol.manifest import Record
@@ -45,6 +46,7 @@ def adopt(
         catalogue = _read_catalogue(fds, digest)
         missing = _missing_experts(catalogue, may_lack_experts=may_lack_experts)
         _check_all(catalogue, fds[1:], n_threads, is_wanted)
+        reached(FaultPoint.DAEMON_OFFER_PROVEN)
     except ProtocolError as error:
         close_all(fds)
         raise StoreInvalid(str(error)) from None

@@ -183,12 +183,13 @@ class Loader:
 
     def _load_record(self, files: StoreFiles, view: memoryview, item: _Item) -> None:
         with view[item.handle.offset : item.handle.offset + item.handle.nbytes] as target:
-            if not _is_intact(files, item, target):
+            damage = _damage(files, item, target)
+            if damage is not None:
                 if isinstance(item.handle, DenseHandle):
-                    raise StoreInvalid(f"{item.name}: its checksum is wrong, and nothing works without it")
+                    raise StoreInvalid(f"{item.name}: {damage}, and nothing works without it")
                 target[:] = bytes(len(target))
                 self._corrupt.append(item.handle.key)
-                logger.error("expert is corrupt key=%s", item.handle.key)
+                logger.error("expert is corrupt key=%s damage=%s", item.handle.key, damage)
         files.forget_cached(item.record)
         self._progress.add(item.handle.nbytes)
 
@@ -228,10 +229,11 @@ def _items(catalogue: Catalogue) -> Iterable[_Item]:
         yield _Item(str(key), catalogue.manifest.experts[key], handle)
 
 
-def _is_intact(files: StoreFiles, item: _Item, target: memoryview) -> bool:
+def _damage(files: StoreFiles, item: _Item, target: memoryview) -> str | None:
+    """Read a record; return what is wrong with it, None if nothing is."""
     try:
         reached(FaultPoint.DAEMON_RECORD_READING)
-        return files.read_record(item.record, target)
+        is_whole = files.read_record(item.record, target)
     except OSError as error:
-        logger.error("record cannot be read name=%s error=%s", item.name, error)  # noqa: TRY400 - the cause is said
-        return False
+        return f"it cannot be read ({error.strerror or error})"
+    return None if is_whole else "its checksum is wrong"

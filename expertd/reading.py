@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from expertd.host_slots import ReadOutcome
 from expertd.read_queue import Job, Piece, ReadLimit, ReadQueue
 from expertd.store import Checksum, StoreFiles
+from protocol.fault_points import FaultPoint, reached
 from protocol.handles import ExpertKey
 from protocol.manifest import Record
 
@@ -125,6 +126,7 @@ class RecordReader:
         job = piece.job
         start, stop = job.span(piece.number)
         try:
+            reached(FaultPoint.DAEMON_SLOT_READING)
             self._files.read_piece(job.record, start, job.target[start:stop])
         except OSError as error:
             job.error = error
@@ -173,6 +175,7 @@ class RecordReader:
         return ReadOutcome.WHOLE if is_whole else ReadOutcome.CORRUPT
 
     def _end(self, job: Job, outcome: ReadOutcome) -> None:
+        reached(FaultPoint.DAEMON_SLOT_FILLED)
         self._files.forget_cached(job.record)
         if outcome is not ReadOutcome.WHOLE:
             logger.error("expert not read key=%s outcome=%s error=%s", job.key, outcome, job.error)

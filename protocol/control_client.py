@@ -95,7 +95,10 @@ class ControlClient:
         except BaseException:
             fdpass.close_all(fds)
             raise
-        fds = fdpass.receive_more_fds(self._sock, fds, attached.n_fds)
+        try:
+            fds = fdpass.receive_more_fds(self._sock, fds, attached.n_fds)
+        except OSError as error:
+            raise _unavailable(self._sock, error) from None
         reached(FaultPoint.CLIENT_FDS_RECEIVED)
         return fds
 
@@ -107,7 +110,8 @@ class ControlClient:
         try:
             fdpass.send_packet(self._sock, encode(offer), fds)
         except OSError as error:
-            raise _unavailable(error) from None
+            raise _unavailable(self._sock, error) from None
+        reached(FaultPoint.CLIENT_OFFER_SENT)
 
     def is_answered(self) -> bool:
         """Whether there is something to be received, if only the end."""
@@ -123,7 +127,7 @@ class ControlClient:
         self._send(Hello(LOWEST_PROTOCOL_VERSION, HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION))
         reached(FaultPoint.CLIENT_HELLO_SENT)
         try:
-            return self._answer(Welcome)
+            welcome = self._answer(Welcome)
         except RequestRefused as refusal:
             if refusal.code == Code.DRAINING:
                 raise DaemonUnavailable(refusal.detail) from None
@@ -133,6 +137,9 @@ class ControlClient:
                 f"{refusal.detail}; this client speaks {LOWEST_PROTOCOL_VERSION} to {HIGHEST_PROTOCOL_VERSION}: "
                 f"end the other daemon with `kill {fdpass.peer_credentials(self._sock).pid}`"
             ) from None
+        if not LOWEST_PROTOCOL_VERSION <= welcome.version <= HIGHEST_PROTOCOL_VERSION:
+            raise VersionMismatch(f"expertd chose protocol version {welcome.version}, which was not offered to it")
+        return welcome
 
     def _answer(self, answer: type[_Answer]) -> _Answer:
         while True:

@@ -32,8 +32,13 @@ class FaultPoint(StrEnum):
     CLIENT_LOAD_ASKED = "client-load-asked"
     CLIENT_ATTACH_SENT = "client-attach-sent"
     CLIENT_FDS_RECEIVED = "client-fds-received"
+    CLIENT_OFFER_SENT = "client-offer-sent"
     RUNNER_CATALOGUE_MAPPED = "runner-catalogue-mapped"
     RUNNER_ATTACHED = "runner-attached"
+    RUNNER_EXPERTS_DEMANDED = "runner-experts-demanded"
+    RUNNER_EXPERTS_GRANTED = "runner-experts-granted"
+    RUNNER_SLOTS_COMPUTED = "runner-slots-computed"
+    RUNNER_EXPERTS_RELEASED = "runner-experts-released"
     RUNNER_TOKEN_CHOSEN = "runner-token-chosen"  # noqa: S105 - a step, no secret
     # --- the daemon's start
     DAEMON_LOCKED = "daemon-locked"
@@ -52,6 +57,10 @@ class FaultPoint(StrEnum):
     DAEMON_SEGMENT_FILLED = "daemon-segment-filled"
     DAEMON_SEGMENTS_SEALED = "daemon-segments-sealed"
     DAEMON_STORE_LOADED = "daemon-store-loaded"
+    DAEMON_OFFER_PROVEN = "daemon-offer-proven"
+    # --- an expert of a store larger than memory
+    DAEMON_SLOT_READING = "daemon-slot-reading"
+    DAEMON_SLOT_FILLED = "daemon-slot-filled"
     # --- a request
     DAEMON_REQUEST_RECEIVED = "daemon-request-received"
     DAEMON_REQUEST_ANSWERED = "daemon-request-answered"

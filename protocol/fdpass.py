@@ -108,6 +108,18 @@ def receive_more_fds(sock: socket.socket, fds: list[int], n_fds: int) -> list[in
     return fds
 
 
+def duplicate_all(fds: Sequence[int]) -> list[int]:
+    """Return further descriptors of the same files, which the caller owns; raise OSError, and keep none then."""
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))  # noqa: PERF401 - what was made before a failure has to be closed
+    except OSError:
+        close_all(copies)
+        raise
+    return copies
+
+
 def close_all(fds: Sequence[int]) -> None:
     """Close descriptors."""
     for fd in fds:

@@ -277,7 +277,7 @@ def _map_aligned(fd: int, nbytes: int, protection: int) -> int:
     address = -(-reserved // HUGE_PAGE_NBYTES) * HUGE_PAGE_NBYTES
     try:
         _mmap(address, nbytes, protection, _MAP_SHARED | _MAP_FIXED, fd)
-    except SegmentError:
+    except BaseException:
         _libc.munmap(reserved, reserved_nbytes)
         raise
     if address > reserved:
@@ -291,5 +291,7 @@ def _map_aligned(fd: int, nbytes: int, protection: int) -> int:
 def _mmap(address: int | None, nbytes: int, protection: int, flags: int, fd: int) -> int:
     result = _libc.mmap(address, nbytes, protection, flags, fd, 0)
     if result is None or result == _MAP_FAILED:
-        raise SegmentError(f"{nbytes} bytes could not be mapped ({os.strerror(ctypes.get_errno())})")
+        error = ctypes.get_errno()
+        failure = OutOfMemory if error == errno.ENOMEM else SegmentError
+        raise failure(f"{nbytes} bytes could not be mapped ({os.strerror(error)})")
     return int(result)

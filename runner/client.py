@@ -85,8 +85,12 @@ class AttachedStore:
         reached(FaultPoint.RUNNER_ATTACHED)
         self._slots: AttachedSlots | None = None
         if self._catalogue.slots is not None:
-            self._recovery = Recovery(my_runtime_dir(), self._load_again(client), start_daemon)
-            self._slots = self._open_slots(client, self._catalogue.slots)
+            try:
+                self._recovery = Recovery(my_runtime_dir(), self._load_again(client), start_daemon)
+                self._slots = self._open_slots(client, self._catalogue.slots)
+            except BaseException:
+                self._session.close()
+                raise
         self.shared_nbytes = sum(sizes)
         self.attach_s = time.perf_counter() - start
 
@@ -199,7 +203,7 @@ def attach(path: Path, config: RunnerConfig) -> AttachedStore:
     for _ in range(_ATTEMPTS_MAX):
         try:
             return _attach_once(path, digest, config, started_daemon=started_daemon)
-        except DaemonSilent as error:
+        except (DaemonSilent, OSError) as error:  # OSError: no descriptors
             raise StoreUnavailable(f"{path}: {error}") from None
         except DaemonUnavailable as error:
             reason = str(error)

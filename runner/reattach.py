@@ -20,7 +20,7 @@ from pathlib import Path
 
 from protocol.control_client import ControlClient
 from protocol.errors import DaemonSilent, ProtocolError, RequestRefused, VersionMismatch
-from protocol.fdpass import close_all
+from protocol.fdpass import close_all, duplicate_all
 from protocol.messages import Code, Offer
 from protocol.runtime_dir import RuntimeDir
 from protocol.segment import replace_mapping, segment_nbytes
@@ -60,7 +60,7 @@ class Session:
         self._path = identity.path
         self._digest = identity.digest
         self._client: ControlClient | None = client
-        self._fds = [os.dup(fd) for fd in fds]
+        self._fds = duplicate_all(fds)
         self._views = list(views)
         self._offered_at: float | None = None
         self._look_at = 0.0

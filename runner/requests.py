@@ -30,7 +30,11 @@ class Requests:
         self._control = control
         self._token = control.welcome.token
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        try:
+            self._socket = self._context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:  # no descriptors
+            self._context.term()
+            raise StoreUnavailable(f"no socket for requests can be made ({error.strerror})") from None
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.SNDHWM, _QUEUE_LENGTH),

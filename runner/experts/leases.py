@@ -9,6 +9,7 @@ Every message may be lost, and is asked again then; an answer that nobody waits 
 
 from collections.abc import Iterable, Sequence
 
+from protocol.fault_points import FaultPoint, reached
 from protocol.handles import ExpertHandle, ExpertKey
 from protocol.messages import Acquire, Code, GetStats, Granted, Message, Prefetch, Refused, Release, RequestRefusal
 from protocol.schema import KEYS_MAX
@@ -68,6 +69,7 @@ class Leases:
         self._held.difference_update(keys)
         for first in range(0, len(keys), KEYS_MAX):
             self._send(Release(self._next_id(), tuple(keys[first : first + KEYS_MAX])))
+            reached(FaultPoint.RUNNER_EXPERTS_RELEASED)
 
     def give_up(self) -> None:
         """Wait for nothing any more and give back everything: a call ended with an exception."""
@@ -111,6 +113,7 @@ class Leases:
             del self._to_ask[key]
             self._awaited[key] = None
         self._acquire([*keys, *self._lent])
+        reached(FaultPoint.RUNNER_EXPERTS_DEMANDED)
 
     def _acquire(self, keys: Sequence[ExpertKey]) -> None:
         keys = keys[:KEYS_MAX]
@@ -143,6 +146,7 @@ class Leases:
             del self._awaited[handle.key]
             self._held.add(handle.key)
             self._n_refused.pop(handle.key, None)
+        reached(FaultPoint.RUNNER_EXPERTS_GRANTED)
         return wanted
 
     def _refused(self, key: ExpertKey, reason: Refused) -> None:

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from protocol.fault_points import FaultPoint, reached
 from protocol.handles import ExpertKey
 from protocol.slot_table import SlotEntry
 from runner.errors import SessionGone, StoreUnavailable
@@ -177,6 +178,7 @@ class TieredExperts:
     def _contribute(self, call: ExpertCall, batch: dict[int, SlotEntry], contributions: Tensor) -> list[ExpertKey]:
         """Compute these experts and give them back; return those that did not stay while they were computed."""
         self._compute.contribute(call, {expert: place.slot for expert, place in batch.items()}, contributions)
+        reached(FaultPoint.RUNNER_SLOTS_COMPUTED)
         found = {ExpertKey(call.layer, expert): place for expert, place in batch.items()}
         lost = [key for key, place in found.items() if not self._presence.is_still_there(key, place)]
         self._leases.use(key for key in found if key not in lost)

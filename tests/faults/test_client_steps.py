@@ -11,6 +11,7 @@ from protocol.manifest import Manifest
 from protocol.messages import StoreState
 from runner.client import attach
 from runner.config import RunnerConfig
+from tests.faults.test_slot_steps import RUNNER_STEPS
 from tests.support.client_process import launched_client, wait_for_step
 from tests.support.daemon import EXPERTD, DaemonProcess, with_fault
 from tests.support.frozen import settled_fds, thaw, wait_until_frozen
@@ -112,6 +113,6 @@ def test_an_order_that_names_no_point_is_refused_in_one_line(program: str, order
 
 
 def test_every_point_of_a_client_is_among_the_steps() -> None:
-    elsewhere = {FaultPoint.CLIENT_LOAD_ASKED, FaultPoint.RUNNER_TOKEN_CHOSEN}
+    elsewhere = {FaultPoint.CLIENT_LOAD_ASKED, FaultPoint.CLIENT_OFFER_SENT, *RUNNER_STEPS}
 
     assert {*STEPS, *elsewhere} == {point for point in FaultPoint if not point.startswith("daemon-")}

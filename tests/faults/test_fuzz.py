@@ -1,16 +1,19 @@
-"""Ten thousand frames of nonsense on both sockets: the daemon lives, its memory is bounded, others are served."""
+"""Nonsense on both sockets, 20,000 frames or a million: the daemon lives, its memory is bounded, others are served."""
 
+import os
 import random
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import zmq
 
 from protocol import fdpass
 from protocol import messages as m
 from protocol.codec import decode, encode, pack
+from protocol.control_client import ControlClient
 from protocol.handles import ExpertHandle, ExpertKey
 from protocol.manifest import Manifest
 from protocol.messages import Code, Message, Refused, StoreState, StoreStatus
@@ -18,10 +21,14 @@ from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
 from runner.client import attach
 from runner.config import RunnerConfig
 from tests.support.daemon import DaemonProcess
+from tests.support.request_client import RequestClient, file_bytes
 from tests.support.stores import EXPERTS_FILE
+from tests.support.tiers import load_tiered
 from tests.support.waiting import wait_until
 
-N_CONTROL, N_REQUEST, N_RAW = 5000, 4900, 100
+N_RAW = 100
+N_SLOTS = 4
+N_FRAMES = [10_000, pytest.param(500_000, marks=pytest.mark.slow)]  # on each socket
 GROWTH_NBYTES_MAX = 40e6
 KEY = ExpertKey(1, 2)
 DIGEST = "ab" * 32
@@ -31,6 +38,7 @@ MESSAGES: tuple[Message, ...] = (
     m.Hello(2, 2, "0.1.0"),
     m.Attach(DIGEST),
     m.Load("/nowhere", DIGEST),
+    m.Offer("/nowhere", DIGEST, None, 2),
     m.Unload(DIGEST),
     m.GetStatus(),
     m.Welcome(1, "0.1.0", 1, b"t" * 16),
@@ -93,19 +101,23 @@ class ControlFuzzer:
     def __init__(self, daemon: DaemonProcess, rng: random.Random) -> None:
         self._daemon = daemon
         self._rng = rng
+        self._fd = os.memfd_create("junk", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         self._sock = self._connect()
         self.n_answers = 0
         self.n_drops = 0
 
     def send(self, frame: bytes) -> None:
+        """Send a frame, now and then with descriptors that are no store, and take the answer."""
+        fds = [self._fd] * self._rng.choice((1, 2, 100)) if self._rng.random() < 0.03 else []
         try:
-            self._sock.send(frame)
+            fdpass.send_packet(self._sock, frame, fds)
             self._read()
         except OSError:
             self._again()
 
     def close(self) -> None:
         self._sock.close()
+        os.close(self._fd)
 
     def _read(self) -> None:
         """Take the answer; every packet is answered or ends the connection."""
@@ -130,17 +142,26 @@ class ControlFuzzer:
         return sock
 
 
-def fuzz_requests(daemon: DaemonProcess, context: zmq.Context[zmq.Socket[bytes]], rng: random.Random) -> None:
+def attached_client(daemon: DaemonProcess, digest: str) -> ControlClient:
+    """Return a session with a store: its requests go as far as requests can."""
+    client = daemon.client()
+    fdpass.close_all(client.attach(digest))
+    return client
+
+
+def fuzz_requests(
+    daemon: DaemonProcess, context: zmq.Context[zmq.Socket[bytes]], rng: random.Random, digest: str, n_frames: int
+) -> None:
     """Send frames on the request socket: with a good token, a bad one and none; one, two, four and 500 at once."""
     with context.socket(zmq.DEALER) as dealer:
         dealer.linger = 0
         dealer.reconnect_ivl = 1  # a frame that is too long costs the connection
         dealer.connect(daemon.directory.request_endpoint)
-        client = daemon.client()
-        for number, frame in enumerate(frames(rng, N_REQUEST)):
+        client = attached_client(daemon, digest)
+        for number, frame in enumerate(frames(rng, n_frames)):
             if number % 50 == 0:  # three bad messages end a session: a new token now and then
                 client.close()
-                client = daemon.client()
+                client = attached_client(daemon, digest)
             dealer.send_multipart(request(rng, client.welcome.token, frame))
             with suppress(zmq.Again):
                 while True:
@@ -198,37 +219,43 @@ def stats(daemon: DaemonProcess, context: zmq.Context[zmq.Socket[bytes]]) -> Mes
         return decode(dealer.recv(), Channel.REQUEST, Sender.DAEMON)
 
 
-def test_nonsense_on_the_control_socket(daemon: DaemonProcess, store: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize("n_frames", N_FRAMES)
+def test_nonsense_on_the_control_socket(daemon: DaemonProcess, store: Path, manifest: Manifest, n_frames: int) -> None:
     rng = random.Random(20)
     daemon.load(store, manifest.digest)
+    n_fds = len(daemon.fds()) if os.geteuid() == 0 else 0
     fuzzer = ControlFuzzer(daemon, rng)
     with daemon.client() as polite:
         before = daemon.private_nbytes()
-        for number, frame in enumerate(frames(rng, N_CONTROL)):
+        for number, frame in enumerate(frames(rng, n_frames)):
             fuzzer.send(frame)
-            if number % 1000 == 500:
+            if number % 2000 == 500:
                 assert read_through(store, manifest)
         during = polite.ask(m.GetStatus(), m.Status)
         grown = daemon.private_nbytes() - before
     fuzzer.close()
 
+    wait_until(lambda: daemon.sessions() == 0, "all sessions to end")
+
     assert daemon.is_alive()
+    assert not n_fds or daemon.n_fds() == n_fds
     assert grown < GROWTH_NBYTES_MAX
-    assert fuzzer.n_answers + fuzzer.n_drops >= N_CONTROL
+    assert fuzzer.n_answers + fuzzer.n_drops >= n_frames
     assert fuzzer.n_drops > 100
-    assert during.n_bad_messages > N_CONTROL / 3
+    assert during.n_bad_messages > n_frames / 3
     assert read_through(store, manifest)
     assert "Traceback" not in daemon.log
 
 
-def test_nonsense_on_the_request_socket(daemon: DaemonProcess, store: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize("n_frames", N_FRAMES)
+def test_nonsense_on_the_request_socket(daemon: DaemonProcess, store: Path, manifest: Manifest, n_frames: int) -> None:
     rng = random.Random(21)
-    daemon.load(store, manifest.digest)
+    load_tiered(daemon, store, manifest, n_slots=N_SLOTS)
     with zmq.Context() as context:
         first = stats(daemon, context)
         before = daemon.private_nbytes()
 
-        fuzz_requests(daemon, context, rng)
+        fuzz_requests(daemon, context, rng, manifest.digest, n_frames)
         fuzz_raw(daemon, rng)
 
         last = stats(daemon, context)
@@ -239,8 +266,11 @@ def test_nonsense_on_the_request_socket(daemon: DaemonProcess, store: Path, mani
     assert isinstance(first, m.Stats)
     assert isinstance(last, m.Stats)
     assert grown < GROWTH_NBYTES_MAX
-    assert daemon.status().n_bad_messages > N_REQUEST / 4
-    assert read_through(store, manifest)
+    assert daemon.status().n_bad_messages > n_frames / 4
+    with RequestClient(daemon.directory, manifest.digest) as client:
+        for key in manifest.experts:
+            assert client.bytes_of(client.acquire(key).handles[0]) == file_bytes(store, client.catalogue, key)
+            client.release(key)
     assert "Traceback" not in daemon.log
 
 

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from protocol.fault_points import arm
+from runner.config import fault_point
 from tests.support.frozen import thaw
 from tests.support.waiting import wait_for_exit, wait_until
 
@@ -209,4 +211,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "nursery":
         be_nursery(Path(sys.argv[2]))
     else:
+        arm(fault_point())
         _write_texts(Path(sys.argv[2]), iter(range(len(PROMPTS))))
