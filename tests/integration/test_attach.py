@@ -1,11 +1,7 @@
 """An attached store: equal to the files, shared once, and closed to every writer."""
 
-import ctypes
 import faulthandler
-import fcntl
-import mmap
 import os
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,28 +12,16 @@ from protocol.handles import ExpertKey
 from protocol.manifest import Manifest
 from protocol.messages import Unloaded
 from protocol.runtime_dir import RuntimeDir
-from protocol.segment import map_segment
 from runner.client import AttachedStore, attach
 from runner.config import RunnerConfig
 from runner.errors import StoreInvalid, StoreUnavailable
 from tests.support.client_process import client_at
 from tests.support.daemon import DaemonProcess, background_pid, status_nbytes, stop_background_daemon
-from tests.support.foreign_memory import fails, process_vm_writev, segment_address
 from tests.support.segments import is_held, segments_of, segments_of_all
 from tests.support.stores import EXPERTS_FILE, write_random_store
 from tests.support.waiting import wait_until
 
 NO_AUTOSTART = RunnerConfig(autostart=False)
-
-
-@pytest.fixture
-def segment(loaded: DaemonProcess, manifest: Manifest) -> Iterator[int]:
-    """The descriptor of the segment with the experts, as a client gets it."""
-    with loaded.client() as client:
-        fds = client.attach(manifest.digest)
-        yield fds[-1]
-        for fd in fds:
-            os.close(fd)
 
 
 def test_an_attached_store_equals_its_files(loaded: DaemonProcess, store: Path, manifest: Manifest) -> None:
@@ -117,72 +101,6 @@ def test_attach_loads_a_store_that_was_unloaded(
     assert background_pid(runtime) == loaded.pid
 
 
-def reopen_and_write(fd: int) -> None:
-    writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
-    try:
-        os.pwrite(writable, b"x", 0)
-    finally:
-        os.close(writable)
-
-
-def map_writable(fd: int) -> None:
-    mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE).close()
-
-
-def truncate_reopened(fd: int) -> None:
-    os.truncate(f"/proc/self/fd/{fd}", 4096)
-
-
-def punch_hole(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
-    if libc.fallocate(fd, 0x01 | 0x02, 0, 4096):
-        raise OSError(ctypes.get_errno(), "fallocate")
-
-
-def protect_writable(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    view = map_segment(fd, os.fstat(fd).st_size)
-    address = ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
-    if libc.mprotect(address, 4096, mmap.PROT_READ | mmap.PROT_WRITE):
-        raise OSError(ctypes.get_errno(), "mprotect")
-
-
-def remove_seals(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0)
-
-
-def map_reopened_writable(fd: int) -> None:
-    writable = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
-    try:
-        map_writable(writable)
-    finally:
-        os.close(writable)
-
-
-WRITE_ROUTES: dict[str, Callable[[int], object]] = {
-    "pwrite": lambda fd: os.pwrite(fd, b"x", 0),
-    "ftruncate": lambda fd: os.ftruncate(fd, 4096),
-    "truncate of a re-open": truncate_reopened,
-    "write through a re-open": reopen_and_write,
-    "writable mapping": map_writable,
-    "writable mapping of a re-open": map_reopened_writable,
-    "mprotect": protect_writable,
-    "fallocate": punch_hole,
-    "seals": remove_seals,
-}
-
-
-def test_a_client_cannot_change_a_segment_by_any_route(segment: int) -> None:
-    before = os.pread(segment, 1 << 20, 0)
-
-    closed = [name for name, route in WRITE_ROUTES.items() if fails(route, segment)]
-
-    assert closed == list(WRITE_ROUTES)
-    assert os.pread(segment, 1 << 20, 0) == before
-
-
 def test_a_write_into_the_mapping_ends_the_writer_and_changes_nothing(loaded: DaemonProcess, store: Path) -> None:
     with attach(store, NO_AUTOSTART) as attached:
         view = attached.expert_record(ExpertKey(0, 0))
@@ -196,28 +114,6 @@ def test_a_write_into_the_mapping_ends_the_writer_and_changes_nothing(loaded: Da
 
         assert os.WIFSIGNALED(status)
         assert bytes(view) == before
-    assert loaded.is_alive()
-
-
-def write_mem(pid: int, address: int) -> None:
-    """Write one byte through /proc/PID/mem."""
-    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as mem:  # noqa: PTH123 - unbuffered, at an address
-        mem.seek(address)
-        mem.write(b"x")
-
-
-@pytest.mark.parametrize("route", [process_vm_writev, write_mem])
-def test_no_process_can_write_through_another_ones_mapping(
-    loaded: DaemonProcess, segment: int, store: Path, route: Callable[[int, int], None]
-) -> None:
-    before = os.pread(segment, 1 << 20, 0)
-    with client_at("attached", store) as client:
-        address = segment_address(client.pid)
-
-        refused = fails(route, client.pid, address)
-
-    assert refused
-    assert os.pread(segment, 1 << 20, 0) == before
     assert loaded.is_alive()
 
 

@@ -1,4 +1,4 @@
-"""Code run as another user of the machine, in a child process; only root can."""
+"""Code run in a child process, as this user or, which only root can have, as another one of the machine."""
 
 import os
 import sys
@@ -10,10 +10,19 @@ NOBODY = 65534
 
 def run_as_nobody(attempt: Callable[[], object]) -> str:
     """Return the name of the exception that the attempt raised as user nobody, "" if it succeeded."""
+    return _run(attempt, _become_nobody)
+
+
+def run_elsewhere(attempt: Callable[[], object]) -> str:
+    """Return the name of the exception that the attempt raised in another process, "" if it succeeded."""
+    return _run(attempt, lambda: None)
+
+
+def _run(attempt: Callable[[], object], prepare: Callable[[], None]) -> str:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _in_child(writer, attempt)
+        _in_child(writer, attempt, prepare)
     os.close(writer)
     with os.fdopen(reader) as file:
         outcome = file.read()
@@ -23,13 +32,17 @@ def run_as_nobody(attempt: Callable[[], object]) -> str:
     return outcome
 
 
-def _in_child(writer: int, attempt: Callable[[], object]) -> None:
+def _become_nobody() -> None:
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def _in_child(writer: int, attempt: Callable[[], object], prepare: Callable[[], None]) -> None:
     """Never return into the test: write the outcome and leave."""
     status = 1
     try:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        prepare()
         os.write(writer, _outcome(attempt).encode())
         status = 0
     except BaseException:
