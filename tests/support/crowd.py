@@ -49,7 +49,8 @@ class Member:
         if None in self._lines():
             return None
         said = self.said.read_text().strip().splitlines()
-        return said[-1] if said else "ended without a word"
+        of_daemon = [line for line in said[:-1] if line.startswith("expertd: ")]
+        return " | ".join([*of_daemon[-1:], *said[-1:]]) or "ended without a word"
 
     def is_alive(self) -> bool:
         """Whether it runs, or is frozen; an ended one is nobody's zombie."""

@@ -26,6 +26,11 @@ def reopen_and_write(fd: int) -> None:
         os.close(writable)
 
 
+def change_mode_and_write(fd: int) -> None:
+    os.fchmod(fd, 0o777)
+    reopen_and_write(fd)
+
+
 def map_writable(fd: int) -> None:
     mmap.mmap(fd, _PAGE_NBYTES, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE).close()
 
@@ -74,7 +79,7 @@ WRITE_ROUTES: dict[str, Callable[[int], object]] = {
     "fallocate": punch_hole,
     "madvise": remove_pages,
     "seals": lambda fd: fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0),
-    "mode": lambda fd: reopen_and_write(fd) if os.fchmod(fd, 0o777) is None else None,
+    "mode": change_mode_and_write,
 }
 
 
