@@ -23,10 +23,14 @@ from expertd.errors import StartFailed, StoreInvalid
 from expertd.loader import LoadedStore
 from expertd.systemd import KeptStore
 from protocol import messages as m
+from protocol.catalogue import decode_catalogue
 from protocol.control_client import ControlClient
-from protocol.errors import ProtocolError, RequestRefused, VersionMismatch
+from protocol.errors import ProtocolError, RequestRefused, SegmentError, VersionMismatch
+from protocol.fdpass import close_all
+from protocol.handles import ExpertKey
 from protocol.messages import Status, StoreState, StoreStatus
 from protocol.runtime_dir import RuntimeDir
+from protocol.segment import map_segment, segment_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +85,10 @@ def _take_stores(directory: RuntimeDir, stores: Sequence[StoreStatus], n_threads
     try:
         for store in stores:
             wish = MemoryWish(store.memory_nbytes)
-            if store.state is StoreState.READY:
+            if store.state is StoreState.READY and store.n_slots:
+                pinned = MemoryWish(store.memory_nbytes, _pinned(directory, store.digest))
+                taken.append(TakenStore(Path(store.path), store.digest, None, pinned))
+            elif store.state is StoreState.READY:
                 loaded = _take(directory, store.digest, n_threads)
                 taken.append(TakenStore(Path(store.path), store.digest, loaded, wish))
             elif store.state is StoreState.LOADING:
@@ -107,6 +114,20 @@ def _take(directory: RuntimeDir, digest: str, n_threads: int) -> LoadedStore | N
     except StoreInvalid as error:  # memory rots; what is on disk may be whole
         logger.error("store not taken over digest=%s error=%s", digest[:12], error)  # noqa: TRY400 - the cause is said
         return None
+
+
+def _pinned(directory: RuntimeDir, digest: str) -> tuple[ExpertKey, ...]:
+    """Return the experts of a store with slots that are in memory for good; none if it is no longer there."""
+    try:
+        with ControlClient(directory) as client:
+            fds = client.attach(digest)
+        try:
+            return tuple(decode_catalogue(bytes(map_segment(fds[0], segment_nbytes(fds[0])))).experts)
+        finally:
+            close_all(fds)
+    except (RequestRefused, SegmentError) as error:
+        logger.warning("pinned experts not taken over digest=%s reason=%s", digest[:12], error)
+        return ()
 
 
 def _close(taken: Sequence[TakenStore]) -> None:

@@ -46,7 +46,9 @@ class Supervision:
             return
         with self._lock:
             stores = [store for store in self._service.held_stores() if store.state is not StoreState.ORPHANED]
-            ready = {s.digest: (s.path, s.loaded.fds) for s in stores if s.loaded is not None}
+            loaded = [(store, store.loaded) for store in stores if store.loaded is not None]
+            # Slots are of no use to another daemon, and kept they would take their memory twice.
+            ready = {s.digest: (s.path, found.fds) for s, found in loaded if found.catalogue.slots is None}
             status = status_line(stores)
         self._manager.keep_only(ready)
         self._manager.tell_status(status)

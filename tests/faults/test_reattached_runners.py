@@ -12,7 +12,8 @@ from expertd.store import read_manifest
 from protocol import messages as m
 from protocol.control_client import ControlClient
 from protocol.errors import DaemonUnavailable
-from protocol.messages import Status
+from protocol.handles import ExpertKey
+from protocol.messages import Status, StoreState, StoreStatus
 from protocol.runtime_dir import RuntimeDir
 from tests.support.daemon import (
     background_pid,
@@ -151,3 +152,35 @@ def test_over_slots_without_autostart_the_runner_says_what_it_lacks(runtime: Run
         said = runner.fail()
 
     assert "no expertd runs, and what is not in memory cannot be read without it" in said
+
+
+def test_a_restart_keeps_budget_and_pinned_experts_of_a_store_with_slots(runtime: RuntimeDir, wide_store: Path) -> None:
+    manifest = read_manifest(wide_store)
+    budget_nbytes = least_nbytes(manifest) + manifest.experts_nbytes // 4
+    pinned = (ExpertKey(0, 1), ExpertKey(2, 5))
+    run_expertd("start")
+    with ControlClient(runtime) as client:
+        client.ask(m.Load(str(wide_store), manifest.digest, budget_nbytes, pinned), StoreStatus)
+        wait_until(lambda: the_store(runtime).state is StoreState.READY, "the store")
+    before = the_store(runtime)
+    with paced_runner(wide_store, "--max-new-tokens", "300") as runner:
+        undisturbed = runner.finish()
+    with paced_runner(wide_store, "--max-new-tokens", "300") as runner:
+        runner.begin()
+        result = run_expertd("restart")
+        wait_until(lambda: are_attached(runtime, [runner], manifest.digest), "the runner to have slots again", WITHIN_S)
+        after = the_store(runtime)
+        text = runner.finish()
+    stop_background_daemon(runtime)
+
+    assert result.returncode == 0, result.stderr
+    assert text == undisturbed
+    assert (before.n_pinned, before.n_slots, before.memory_nbytes) == (2, after.n_slots, budget_nbytes)
+    assert (after.n_pinned, after.memory_nbytes) == (2, budget_nbytes)
+
+
+def the_store(runtime: RuntimeDir) -> StoreStatus:
+    """Return the one store of the daemon in the background."""
+    with ControlClient(runtime) as client:
+        (store,) = client.ask(m.GetStatus(), Status).stores
+    return store
