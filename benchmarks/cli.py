@@ -27,6 +27,7 @@ from benchmarks.quantizing import measure_conversion, measure_solver
 from benchmarks.requests import measure_requests
 from benchmarks.settings import Settings
 from benchmarks.several import measure_several
+from benchmarks.slots import measure_slots
 from benchmarks.store import measure_store
 from benchmarks.tiered import measure_tiered, measure_tiered_disk
 from tools.demo.cache import cache_folder
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Measure] = {
     "store": measure_store,
     "cache": lambda _, settings: measure_cache(settings),
     "requests": measure_requests,
+    "slots": measure_slots,
 }
 ON_REQUEST: dict[str, Measure] = {
     "full": measure_full,
@@ -95,13 +97,14 @@ def cli(
     out: Path | None,
     **paths: Path | None,
 ) -> None:
-    """Measure what NAMES say, or `all` of the first four rows; the rest runs only when named.
+    """Measure what NAMES say, or `all` of the first five rows; the rest runs only when named.
 
     \b
     bandwidth  how fast memory is read        kernels  one expert of Mixtral's size
     layers     a layer, beside llama.cpp      demo     the demo's model, beside llama.cpp
     several    runners at the same time       store    daemon, sharing, first token
     cache      what an expert cache costs     requests  the daemon's answers, beside an echo
+    slots      experts from disk to slots
     full       a whole Mixtral-8x7B of 2 and 3 bits: writes 36 GB
     larger-demo    the demo's model in half of its memory, beside llama.cpp: takes root
     larger-layers  likewise, layers of Mixtral's size: writes 6.5 GB

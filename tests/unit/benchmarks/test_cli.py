@@ -54,9 +54,9 @@ def test_without_names_all_is_measured_that_there_is_something_for(seen: list[Se
     assert "demo is left out: there is no demo store" in result.stderr
     assert "layers is measured without llama.cpp" in result.stderr
     assert [line for line in result.stderr.splitlines() if line.endswith("…")] == [
-        "bandwidth …", "kernels …", "layers …", "requests …",
+        "bandwidth …", "kernels …", "layers …", "requests …", "slots …",
     ]  # fmt: skip
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 def test_the_demo_s_store_is_found(own_cache: Path, seen: list[Settings]) -> None:
