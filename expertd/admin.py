@@ -79,7 +79,10 @@ def restart_daemon(directory: RuntimeDir, arguments: list[str], old_pid: int) ->
     """
     unit = service_unit(old_pid)
     if unit is not None:
-        raise StartFailed(f"systemd runs this expertd (pid {old_pid}): `systemctl restart {unit}` keeps its stores")
+        raise StartFailed(
+            f"systemd runs this expertd (pid {old_pid}): `systemctl restart {unit}` keeps its stores, "
+            "with --user if the unit is your own"
+        )
     if not _spawn(directory, ["--take-over", *arguments], within_s=_TAKEN_OVER_WITHIN_S):
         raise StartFailed("another expertd was started meanwhile; see `expertd status`")
     return ControlClient(directory)
