@@ -163,6 +163,11 @@ class DemandTable:
 
     # --- what is foreseen -----------------------------------------------------------------------------------------
 
+    @property
+    def is_hinting(self) -> bool:
+        """Whether an expert is foreseen whose reading has not begun."""
+        return bool(self._hinting)
+
     def hint(self, demand: SessionDemand, keys: Iterable[ExpertKey], deadline: float) -> None:
         """Replace a session's hints by these, at most HINTS_MAX of them."""
         keys = list(dict.fromkeys(keys))

@@ -292,6 +292,9 @@ class HostSlots:
             actions.grant(Grant(demand.session, request_id, granted, refused, n_awaited))
 
     def _start_reads(self, actions: Actions) -> None:
+        if not self._demand.is_wanting and not self._demand.is_hinting:
+            self._starved_since = None
+            return
         while self._demand.is_wanting and self._n_awaited_reads < self._n_reads_max:
             if not self._start_awaited(actions):
                 return

@@ -172,7 +172,9 @@ class RequestServer(threading.Thread):
     def _send(self, replies: list[Reply]) -> None:
         for reply in replies:
             try:
-                self._socket.send_multipart([reply.session.routing_id, encode(reply.message)], zmq.NOBLOCK)
+                data = encode(reply.message)
+                self._socket.send(reply.session.routing_id, zmq.SNDMORE | zmq.NOBLOCK)
+                self._socket.send(data, zmq.NOBLOCK)
                 reached(FaultPoint.DAEMON_REQUEST_ANSWERED)
             except zmq.ZMQError as error:
                 logger.warning("reply dropped error=%s", error)
