@@ -34,7 +34,8 @@ with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         router.send_multipart([client, data])
 """
 
-# Prints the seconds of each round trip as JSON, after everybody has begun. Without a store it asks the echo.
+# Takes the seconds of each round trip when it is told to, and prints them as JSON when it is told to again: whoever is
+# through keeps still while the others ask. Without a store it asks the echo.
 _CLIENT = """
 import json, sys, time, zmq
 from protocol.codec import encode
@@ -60,7 +61,10 @@ with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         ask()
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps([ask() for _ in range(n_requests)]), flush=True)
+    seconds = [ask() for _ in range(n_requests)]
+    print("through", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(seconds), flush=True)
 """
 
 
@@ -102,6 +106,10 @@ def _round(environment: Environment, target: list[str]) -> list[float]:
         clients = [stack.enter_context(_client(environment, command)) for _ in range(N_SESSIONS)]
         for client in clients:
             client.go()
+        for client in clients:
+            client.line()
+        for client in clients:
+            client.go()
         return [second for client in clients for second in json.loads(client.line())]
 
 
@@ -115,7 +123,7 @@ class _Client:
             raise CommandFailed("requests: a client failed")
 
     def go(self) -> None:
-        """Have it begin."""
+        """Have it go on."""
         self._stdin.write("go\n")
         self._stdin.flush()
 

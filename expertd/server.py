@@ -32,6 +32,7 @@ LIBZMQ_LOWEST = (4, 3, 5)  # earlier ones have known holes
 _FRAMES_MAX = 3
 _QUEUE_LENGTH = 64
 _REQUESTS_AT_ONCE = 16
+_READABLE = int(zmq.POLLIN)  # the enumeration's own arithmetic would cost more than the question
 
 
 class RequestServer(threading.Thread):
@@ -123,6 +124,8 @@ class RequestServer(threading.Thread):
         with suppress(zmq.Again):
             for _ in range(_REQUESTS_AT_ONCE):
                 self._serve_one()
+                if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:
+                    return
 
     def _serve_one(self) -> None:
         """Answer one request; raise zmq.Again if there is none."""

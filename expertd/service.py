@@ -255,11 +255,9 @@ class Service:
         """Return the answers that a message on the request channel leads to, to whomever."""
         session.n_requests += 1
         tiered = session.store.tiered if session.store else None
-        if tiered:
-            tiered.seen(session.session_id, now)
         match message:
             case m.GetStats(request_id):
-                return [Reply(session, session.stats(request_id, self._figures(session, now), now))]
+                return self._tell_stats(session, request_id, now)
             case m.Acquire() | m.Release() | m.Prefetch() if tiered:
                 return self._ask_slots(session, tiered, message, now)
             case m.Acquire(request_id):
@@ -283,21 +281,24 @@ class Service:
 
     # --- private --------------------------------------------------------------------------------------------------
 
+    def _tell_stats(self, session: Session, request_id: int, now: float) -> list[Reply]:
+        if session.store and session.store.tiered:
+            session.store.tiered.seen(session.session_id, now)
+        return [Reply(session, session.stats(request_id, self._figures(session, now), now))]
+
     def _ask_slots(
         self, session: Session, tiered: TieredStore, message: m.Acquire | m.Release | m.Prefetch, now: float
     ) -> list[Reply]:
-        session_id = session.session_id
         match message:
             case m.Acquire(request_id, keys):
-                unknown = tiered.first_unknown(keys)
-                if unknown is not None:
+                if (unknown := tiered.first_unknown(keys)) is not None:
                     return self._refuse(session, request_id, Refused(Code.UNKNOWN_EXPERT, f"no expert {unknown}"))
-                return self._addressed(tiered.acquire(session_id, request_id, keys, now))
+                return self._addressed(tiered.acquire(session.session_id, request_id, keys, now))
             case m.Release(_, keys):
-                return self._addressed(tiered.release(session_id, keys, now))
+                return self._addressed(tiered.release(session.session_id, keys, now))
             case m.Prefetch(_, keys, deadline_ms):
                 known = [key for key in keys if tiered.first_unknown([key]) is None]
-                return self._addressed(tiered.prefetch(session_id, known, now + deadline_ms / 1000, now))
+                return self._addressed(tiered.prefetch(session.session_id, known, now + deadline_ms / 1000, now))
 
     def _reject(self, why: Rejection, refusal: Refused) -> Refused:
         self.counters.rejections[why] += 1
