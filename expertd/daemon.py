@@ -3,6 +3,7 @@
     main thread      ControlLoop: sessions, descriptors, everything that changes the service
     request thread   RequestServer: ZeroMQ requests
     loader thread    one load at a time, with worker threads of its own; posts its result to the main thread
+    reader threads   of each store with slots, `expertd.reading`: experts into slots; wake the request thread
     proving thread   one offer of a client at a time, likewise
     metrics thread   where they are wanted, `expertd.metrics`: looks under the lock, changes nothing
 
