@@ -1,5 +1,7 @@
 """A store larger than memory: daemon and runners killed and frozen while experts are read, granted and used."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +153,30 @@ def test_a_frozen_runner_loses_its_leases_and_no_token(daemon: DaemonProcess, te
     assert frozen.returncode == 0
     assert said == expected
     wait_until(lambda: daemon.sessions() == 0, "its session to end")
+
+
+@pytest.mark.slow
+def test_a_runner_waits_for_a_frozen_daemon_so_long_and_says_so(daemon: DaemonProcess, text_store: Path) -> None:
+    """It is frozen for good while the runner waits for an expert."""
+    manifest = read_manifest(text_store)
+    load_tiered(daemon, text_store, manifest, n_slots=N_SLOTS)
+    with subprocess.Popen(
+        crowd_command(text_store),
+        env=with_fault(f"{FaultPoint.RUNNER_EXPERTS_DEMANDED}=stop@{PASSAGE}"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as runner:
+        wait_until_frozen(runner.pid)
+        os.kill(daemon.pid, signal.SIGSTOP)
+        thaw(runner.pid)
+        _, said = runner.communicate(timeout=90)
+        thaw(daemon.pid)
+
+    assert runner.returncode == 1
+    assert "has not answered" in said.decode().splitlines()[-1]
+    wait_until(lambda: daemon.sessions() == 0, "its session to end")
+    with RequestClient(daemon.directory, manifest.digest) as client:
+        assert len(client.acquire(*list(manifest.experts)[:N_SLOTS]).handles) == N_SLOTS
 
 
 def crowd_command(store: Path) -> list[str]:

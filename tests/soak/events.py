@@ -19,6 +19,7 @@ from tests.support.frozen import thaw
 from tests.support.waiting import wait_for_exit
 
 FROZEN_S = 1.0
+COMMAND_WITHIN_S = 600.0  # it may wait itself, and the machine may be busy
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Soak:
 
     def command(self, *arguments: str | Path) -> None:
         """Run the command line; what it cannot do is a complaint."""
-        result = run_expertd(*arguments)
+        result = run_expertd(*arguments, timeout_s=COMMAND_WITHIN_S)
         if result.returncode:
             self.complaints[result.stderr.strip().splitlines()[-1]] += 1
 
