@@ -75,7 +75,9 @@ class CExperts:
         """Compute from these slots from now on."""
         self._slots = slots
         self._experts.clear()
-        for known in self._slots_of_all:
+        for table, known in zip(self._all, self._slots_of_all, strict=True):
+            for expert in known:
+                table.put(expert, None)  # else it would hold the memory of slots that are gone
             known.clear()
 
     def contribute(self, call: ExpertCall, slots: Mapping[int, int], contributions: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Experts of a store larger than memory return the bits of experts in place, whatever happens to the slots."""
 
+import weakref
 from functools import partial
 from typing import TypeVar
 
@@ -274,6 +275,24 @@ def test_a_daemon_that_is_gone_is_an_error_of_one_line() -> None:
 
     with pytest.raises(StoreUnavailable, match="no expertd runs"):
         rehearse(store, random_steps(1))
+
+
+def test_nothing_holds_the_slots_of_a_session_that_is_gone() -> None:
+    store = SlotStore(TinyStore(), LEAST)
+    step = layer_step(0, 1, 2)
+    with Workspace() as workspace:
+        compute = CExperts(store.manifest, workspace)
+        experts = TieredExperts(store, store, compute)
+        for _ in range(2):  # as they come, then at once
+            experts.forward(step.layer, step.hidden_states, step.expert_ids, step.weights)
+        record = weakref.ref(experts._presence.records[0])
+        assert record() is not None
+
+        compute.use_slots(())
+        experts._presence.records.clear()
+
+        assert all(not table.has(expert) for table in compute._all for expert in range(N_EXPERTS))
+        assert record() is None
 
 
 def test_a_daemon_that_is_silent_is_given_up_after_a_while() -> None:
