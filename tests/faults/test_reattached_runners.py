@@ -140,6 +140,7 @@ def test_over_slots_the_runner_starts_the_daemon_that_it_needs_ten_times_and_the
     assert (held.memory_nbytes, held.n_slots > 0) == (budget_nbytes, True)
 
 
+@pytest.mark.slow  # it waits ten seconds for somebody else to start one
 def test_over_slots_without_autostart_the_runner_says_what_it_lacks(runtime: RuntimeDir, wide_store: Path) -> None:
     manifest = read_manifest(wide_store)
     with (
