@@ -11,7 +11,7 @@ from protocol.handles import ExpertKey
 from protocol.manifest import Manifest
 from runner.config import RunnerConfig
 from runner.engine import Engine, open_configured
-from runner.errors import ConfigInvalid, CorruptExpert, StoreUnavailable
+from runner.errors import ConfigInvalid, CorruptExpert
 from runner.models.opening import CachePlan
 from tests.support.daemon import DaemonProcess
 from tests.support.local_store import LocalStore
@@ -119,12 +119,3 @@ def test_a_damaged_expert_is_named(daemon: DaemonProcess, tmp_path: Path) -> Non
         pytest.raises(CorruptExpert, match=r"^layers\.1\.experts\.1 is corrupt"),
     ):
         list(answers(engine))
-
-
-def test_without_its_daemon_a_runner_ends_with_one_line(daemon: DaemonProcess, path: Path, small: Manifest) -> None:
-    load_tiered(daemon, path, small, n_slots=LEAST)
-    with open_configured(path, settings()) as engine:
-        daemon.kill()
-
-        with pytest.raises(StoreUnavailable, match="expertd"):
-            list(answers(engine))
