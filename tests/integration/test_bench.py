@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.our_decode import decode
+from benchmarks.second_halves import score_second_halves
 from expertd.convert.config import QuantizeConfig
 from protocol.handles import ExpertKey
 from quant.library import has_c_library
 from runner.bench import BenchPlan, bench
 from runner.config import RunnerConfig
 from runner.engine import Engine
+from runner.perplexity import perplexity
 from tests.support.daemon import DaemonProcess, run_expertd
 from tests.support.local_runner import start_runner
 from tests.support.local_store import LocalStore
@@ -72,6 +75,16 @@ def test_every_run_counts_but_the_one_that_warms_up(engine: Engine) -> None:
 def test_what_is_asked_for_0_tokens_is_not_measured(engine: Engine) -> None:
     assert bench(engine, replace(PLAN, prompt_tokens=0)).prefill is None
     assert bench(engine, replace(PLAN, decode_tokens=0)).decode is None
+
+
+def test_a_text_decoded_token_by_token_is_predicted_as_when_it_is_computed_at_once(engine: Engine) -> None:
+    token_ids = [7 * position % 96 for position in range(16)]
+
+    elapsed_s, predicted = decode(engine, token_ids)
+
+    at_once = perplexity(score_second_halves(engine, token_ids, n_windows=1, window=len(token_ids)))
+    assert predicted == pytest.approx(at_once, rel=1e-6)
+    assert elapsed_s > 0
 
 
 def test_a_context_longer_than_the_configured_one_has_room(engine: Engine) -> None:
