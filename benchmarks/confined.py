@@ -5,7 +5,7 @@ All that its processes touch first is charged to it: private memory, shared memo
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,13 @@ class MemoryGroup:
 
     @property
     def own_nbytes(self) -> int:
-        """What is charged now and is neither page cache nor shared memory."""
-        used = int((self.folder / self.version.used).read_text())
-        return used - self.cache_nbytes
+        """The most that was charged at once beside the page cache and shared memory there is now."""
+        return self.most_nbytes - self.cache_nbytes
+
+    def forget_most(self) -> None:
+        """Count the most from now on, where the kernel can."""
+        with suppress(OSError):
+            (self.folder / self.version.most).write_text("0")
 
     @property
     def cache_nbytes(self) -> int:

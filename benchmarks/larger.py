@@ -1,9 +1,9 @@
 """A model larger than memory, ours beside llama.cpp's mmap: the same weights, the same tokens, the same kind of limit.
 
-Each program is first measured with room for everything. What it then holds beside the model's weights (its own memory),
-its dense weights and half the bytes of its experts are the limit of its control group; on our side daemon and runner
-share one. Every run starts with nothing of the model in the page cache. Rounds interleave the programs. Perplexities
-beside each other show that both computed one model on one text.
+Each program is first measured without a limit, ours with the slots that it will have. What it then holds beside the
+model's weights (its own memory), its dense weights and half the bytes of its experts are the limit of its control
+group; on our side daemon and runner share one. Every run starts with nothing of the model in the page cache. Rounds
+interleave the programs. Perplexities beside each other show that both computed one model on one text.
 """
 
 import json
@@ -114,18 +114,20 @@ class _Comparison:
         """Measure llama.cpp with room for everything; return what it gets for the rounds."""
         with memory_group("resident") as group:
             self._their_decode(group)
-            own_nbytes = group.most_nbytes - group.cache_nbytes
+            own_nbytes = group.own_nbytes
         whole, experts = self.model.gguf.stat().st_size, _gguf_experts_nbytes(self.model.gguf)
         weights = int(whole - (1 - SHARE) * experts)
         return Room(own_nbytes + weights, weights)
 
     def our_room(self) -> Room:
-        """Measure daemon and runner with room for everything; return what they get for the rounds."""
+        """Measure daemon and runner with their slots and no limit; return what they get for the rounds."""
         manifest = read_manifest(self.model.store)
         dense = sum(record.nbytes for record in manifest.dense.values())
         weights = int(dense + SHARE * sum(record.nbytes for record in manifest.experts.values()))
-        with memory_group("resident") as group, self._daemon(group), self._our_decode(group):
-            own_nbytes = group.own_nbytes
+        with memory_group("resident") as group, self._daemon(group, "--memory", str(weights)):
+            group.forget_most()  # of what loading took meanwhile
+            with self._our_decode(group):
+                own_nbytes = group.own_nbytes
         return Room(own_nbytes + weights, weights)
 
     def run_theirs(self, runs: Runs) -> None:
