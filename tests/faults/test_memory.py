@@ -134,7 +134,7 @@ def test_a_daemon_without_descriptors_for_a_store_says_so_and_keeps_none(
 ) -> None:
     fds = settled_fds(daemon)
     limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (fds.total() + 3, limits[1]))
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (daemon.n_fds() + 3, limits[1]))
     failed = daemon.load(store, manifest.digest)
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
     fds_afterwards = settled_fds(daemon)
