@@ -7,6 +7,7 @@ import select
 import struct
 import subprocess
 import termios
+import time
 import tty
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,8 +44,9 @@ class Terminal:
     def read_to_end(self) -> str:
         """Wait for the program and return all that was shown."""
         pidfd = os.pidfd_open(self.process.pid)
-        while pidfd not in (ready := select.select([self.fd, pidfd], [], [], WITHIN_S)[0]):
-            assert ready, f"the end was expected; so far it shows {self.shown!r}"
+        deadline = time.monotonic() + WITHIN_S
+        while pidfd not in select.select([self.fd, pidfd], [], [], WITHIN_S)[0]:
+            assert time.monotonic() < deadline, f"the end was expected; so far it shows {self.shown!r}"
             self._read()
         os.close(pidfd)
         self.process.wait()
