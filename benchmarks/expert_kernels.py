@@ -64,9 +64,16 @@ def measure_kernels(
     As many experts take turns as are needed for segment_nbytes.
     """
     torch.set_num_threads(1)
-    return [
-        figure for scheme in settings.schemes for figure in _measure_scheme(settings, geometry, scheme, segment_nbytes)
-    ]
+    in_use = kernels_in_use()
+    try:
+        return [
+            figure
+            for scheme in settings.schemes
+            for figure in _measure_scheme(settings, geometry, scheme, segment_nbytes)
+        ]
+    finally:
+        if in_use is not None:
+            use_kernels(in_use)
 
 
 def _measure_scheme(settings: Settings, geometry: Geometry, scheme: str, segment_nbytes: int) -> Iterator[Figure]:

@@ -43,12 +43,14 @@ def test_another_implementation_is_measured_in_the_same_rounds(tmp_path: Path) -
     settings = Settings(
         tmp_path, rounds=2, threads=1, schemes=("4bit-g64",), kernels=("portable",), prototype=tmp_path / "other.c"
     )
+    before = kernels_in_use()
 
     figures = measure_kernels(settings, SMALL, segment_nbytes=1 << 20)
 
     (ratio,) = [figure for figure in figures if figure.name.endswith("batch 1: time ours (portable) / prototype")]
     assert len(ratio.samples) == 2
     assert all(sample > 1 for sample in ratio.samples)
+    assert kernels_in_use() == before
 
 
 def test_kernels_that_this_machine_does_not_have_are_not_measured(tmp_path: Path) -> None:
