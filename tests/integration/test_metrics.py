@@ -1,5 +1,6 @@
 """A real daemon's figures: at its socket, at a port, or nowhere; and a scraper that does not read holds up nobody."""
 
+import itertools
 import resource
 import select
 import socket
@@ -10,6 +11,7 @@ import pytest
 from protocol.manifest import Manifest
 from protocol.runtime_dir import RuntimeDir
 from tests.support.daemon import DaemonProcess, run_expertd, running_daemon, stop_background_daemon
+from tests.support.waiting import wait_until
 
 REQUEST = b"GET /metrics HTTP/1.0\r\n\r\n"
 
@@ -129,12 +131,20 @@ def test_a_socket_that_a_killed_daemon_left_is_replaced(runtime: RuntimeDir, tmp
     assert "expertd_sessions" in text
 
 
+def lowest_free_fd(daemon: DaemonProcess) -> int:
+    """Return the number of the next descriptor that the daemon will get, when all clients before have gone."""
+    n_fds = daemon.n_fds()
+    wait_until(lambda: len(daemon.fds()) == n_fds, "the last connection to be dropped")
+    numbers = {int(fd.name) for fd in daemon.fds()}
+    return next(number for number in itertools.count() if number not in numbers)
+
+
 def test_a_scrape_that_finds_no_descriptor_free_is_answered_when_there_is_one(
     runtime: RuntimeDir, tmp_path: Path
 ) -> None:
     with running_daemon(runtime, "--config", config(tmp_path, "unix")) as daemon:
         limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (daemon.n_fds(), limits[1]))
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (lowest_free_fd(daemon), limits[1]))
         with connected(daemon) as sock:
             sock.sendall(REQUEST)
             is_answered_without = bool(select.select([sock], [], [], 0.3)[0])
