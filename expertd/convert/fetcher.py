@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -46,8 +46,9 @@ def main(job_text: str) -> None:
 
 def _listen(lines: "Queue[str]") -> None:
     """Take down what is asked for, in a thread of its own: who waits for the network hears no end of input."""
-    for line in sys.stdin:
-        lines.put(line)
+    with suppress(OSError):  # the converter's end is a reset where it was killed before it had read all it was told
+        for line in sys.stdin:
+            lines.put(line)
     os._exit(0)
 
 
