@@ -19,7 +19,7 @@ _listen(Queue())
 
 def test_the_fetcher_ends_when_the_converter_was_killed_before_it_had_read_what_it_was_told() -> None:
     ours, its = socket.socketpair()
-    with subprocess.Popen([sys.executable, "-c", FETCHER], stdin=its) as process:
+    with subprocess.Popen([sys.executable, "-c", FETCHER], stdin=its.fileno()) as process:
         its.close()
         is_told = bool(select.select([ours], [], [], WITHIN_S)[0])
 
