@@ -5,8 +5,8 @@ each other in every round.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -43,14 +43,16 @@ class TokenTimes:
 
 @dataclass(frozen=True, slots=True)
 class LayerTimes:
-    """One sample a round of one program: of a layer, and of all beside the layers."""
+    """One sample a round of one program: of MANY layers, of a layer, and of all beside the layers."""
 
-    layers: list[TokenTimes]
-    besides: list[TokenTimes]
+    wholes: list[TokenTimes] = field(default_factory=list)
+    layers: list[TokenTimes] = field(default_factory=list)
+    besides: list[TokenTimes] = field(default_factory=list)
 
     def add(self, few: TokenTimes, many: TokenTimes) -> None:
         """Take a round's two measurements."""
         layer = few.layer(many)
+        self.wholes.append(many)
         self.layers.append(layer)
         self.besides.append(few.beside(layer))
 
@@ -97,23 +99,31 @@ class PeerLayers:
         by_model = [self._bench.speeds(model, self._plan) for model in self._models]
         for setting, speeds in enumerate(zip(*by_model, strict=True)):
             if setting == len(self._by_setting):
-                self._by_setting.append(LayerTimes([], []))
+                self._by_setting.append(LayerTimes())
             self._by_setting[setting].add(*(TokenTimes.of(speed, self._plan) for speed in speeds))
 
     def fastest_decode(self) -> LayerTimes:
-        """Return the rounds with the setting whose layers decode fastest."""
-        return min(self._by_setting, key=lambda times: median(times.decode_s))
+        """Return the rounds with the setting that decodes fastest."""
+        return fastest(self._by_setting, lambda whole: whole.decode_s)
 
     def fastest_prefill(self) -> LayerTimes:
-        """Return the rounds with the setting whose layers prefill fastest."""
-        return min(self._by_setting, key=lambda times: median(times.prefill_s))
+        """Return the rounds with the setting that prefills fastest."""
+        return fastest(self._by_setting, lambda whole: whole.prefill_s)
+
+
+def fastest(settings: list[LayerTimes], seconds: Callable[[TokenTimes], float]) -> LayerTimes:
+    """Return the setting with the smallest median time of MANY layers.
+
+    A layer's time would not do: it is a difference, and one disturbed measurement of FEW layers makes it small.
+    """
+    return min(settings, key=lambda times: median(map(seconds, times.wholes)))
 
 
 def _measure_scheme(environment: Environment, settings: Settings, scheme: str, plan: SpeedPlan) -> Iterator[Figure]:
     stores = [synthetic_store(settings.folder, n_layers, scheme) for n_layers in (FEW, MANY)]
     program = settings.llama_bench
     peer = None if program is None else PeerLayers(program, settings.folder, scheme, plan)
-    ours: dict[str | None, LayerTimes] = {kernels: LayerTimes([], []) for kernels in settings.kernels or (None,)}
+    ours: dict[str | None, LayerTimes] = {kernels: LayerTimes() for kernels in settings.kernels or (None,)}
     with environment.daemon(stores[0]):
         environment.expertd("load", str(stores[1]))
         for _ in range(settings.rounds):
