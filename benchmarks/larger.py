@@ -1,8 +1,8 @@
 """A model larger than memory, ours beside llama.cpp's mmap: the same weights, the same tokens, the same kind of limit.
 
 Each program is first measured without a limit, ours with the slots that it will have. What it then holds beside the
-model's weights (its own memory), its dense weights and half the bytes of its experts are the limit of its control
-group; on our side daemon and runner share one. Every run starts with nothing of the model in the page cache. Rounds
+model's weights (its own memory, and a little for what differs from run to run, alike for both), its dense weights and
+half the bytes of its experts are the limit of its control group; on our side daemon and runner share one. Every run starts with nothing of the model in the page cache. Rounds
 interleave the programs. Perplexities beside each other show that both computed one model on one text.
 """
 
@@ -29,6 +29,7 @@ from expertd.store import read_manifest
 N_TOKENS = 64
 N_LAYERS = 4
 SHARE = 0.5
+MARGIN_NBYTES = 16 << 20
 # The part of a text that llama-perplexity is given: it tokenizes all of it, and wants twice the window.
 _TEXT_NBYTES = 16 * N_TOKENS
 
@@ -117,7 +118,7 @@ class _Comparison:
             own_nbytes = group.own_nbytes
         whole, experts = self.model.gguf.stat().st_size, _gguf_experts_nbytes(self.model.gguf)
         weights = int(whole - (1 - SHARE) * experts)
-        return Room(own_nbytes + weights, weights)
+        return Room(own_nbytes + MARGIN_NBYTES + weights, weights)
 
     def our_room(self) -> Room:
         """Measure daemon and runner with their slots and no limit; return what they get for the rounds."""
@@ -128,7 +129,7 @@ class _Comparison:
             group.forget_most()  # of what loading took meanwhile
             with self._our_decode(group):
                 own_nbytes = group.own_nbytes
-        return Room(own_nbytes + weights, weights)
+        return Room(own_nbytes + MARGIN_NBYTES + weights, weights)
 
     def run_theirs(self, runs: Runs) -> None:
         """Run llama.cpp in its limit."""
