@@ -46,7 +46,7 @@ LEASE_LOST_WITHIN_S = 40.0
 @pytest.fixture(scope="module")
 def text_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 32 experts whose model ends no text early."""
-    files = {"generation_config.json": b'{"eos_token_id": 257}'}
+    files = {"generation_config.json": b'{"eos_token_id": 99999}'}
     return make_small_store(tmp_path_factory.mktemp("slots"), files=files, vocab=258, n_layers=4, n_experts=8).path
 
 

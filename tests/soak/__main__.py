@@ -52,7 +52,7 @@ def _soak(options: argparse.Namespace, folder: Path) -> Report:
     directory = RuntimeDir(folder / "run")
     os.environ |= {"EXPERTD_RUNTIME_DIR": str(directory.path), "XDG_CONFIG_HOME": str(folder / "config")}
     report = Report(describe_machine().as_json(), options.seed, options.minutes, options.memory)
-    files = {"generation_config.json": b'{"eos_token_id": 257}'}
+    files = {"generation_config.json": b'{"eos_token_id": 99999}'}
     store = make_small_store(folder / "model", files=files, vocab=258, n_layers=4, n_experts=8).path
     other = folder / "other"
     write_random_store(other, hidden=512, intermediate=1024, n_layers=2, n_experts=8)
