@@ -19,7 +19,7 @@ from threading import Event
 from expertd.adoption import adopt
 from expertd.errors import LoadCancelled, StoreInvalid
 from expertd.holders import pids_with_segments
-from expertd.loader import LoadedStore
+from expertd.loader import LoadedStore, SealedPart
 from expertd.offers import Adoption
 from expertd.store import read_manifest
 from expertd.stores import HeldStore
@@ -39,7 +39,7 @@ class Adopter:
         *,
         n_threads: int,
         post: Callable[[Callable[[], None]], None],
-        on_taken: Callable[[Adoption, LoadedStore], None],
+        on_taken: Callable[[Adoption, LoadedStore | SealedPart], None],
         on_failed: Callable[[Adoption, Refused | None], None],
     ) -> None:
         self._n_threads = n_threads
@@ -57,13 +57,16 @@ class Adopter:
         self._proofs.shutdown(wait=True)
 
     def still_needs_reading(self, store: HeldStore, attached_pids: Collection[int]) -> bool:
-        """Wait for who may offer the store; return False if it is ready, or not wanted, before it was read."""
+        """Wait for who may offer the store; return False if it is ready, or not wanted, before it was read.
+
+        Where what they have is known already, nobody is waited for.
+        """
         known = {os.getpid(), store.asked_by, *attached_pids}
-        holders = [] if _has_slots(store) else pids_with_segments(store.digest, known)
+        holders = pids_with_segments(store.digest, known) if store.awaits_offers else []
         until = time.monotonic() + (OFFER_WITHIN_S if holders else 0.0)
         if holders:
             logger.info("waiting for offers digest=%s pids=%s", store.digest[:12], ",".join(map(str, holders)))
-        while store.is_proven or time.monotonic() < until:
+        while store.is_proven or (store.awaits_offers and time.monotonic() < until):
             if store.state is not StoreState.LOADING or store.progress.cancelled:
                 return False
             Event().wait(_POLL_S)
@@ -89,16 +92,6 @@ class Adopter:
             logger.exception("offer not proven by a fault of ours digest=%s", store.digest[:12])
             refused = Refused(Code.STORE_INVALID, "expertd failed while proving it; its log has the story")
         self._post(lambda: self._on_failed(adoption, refused))
-
-
-def _has_slots(store: HeldStore) -> bool:
-    """Whether the store is to be held in less memory than it has: nobody can offer slots."""
-    allowed = store.wish.memory_nbytes
-    try:
-        manifest = read_manifest(store.path)
-    except StoreInvalid:
-        return False
-    return allowed is not None and allowed < manifest.dense_nbytes + manifest.experts_nbytes
 
 
 def _is_another_there(store: HeldStore) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from expertd.errors import LoadCancelled, StoreInvalid
-from expertd.loader import LoadedStore
+from expertd.loader import LoadedStore, SealedPart
 from expertd.store import is_intact
 from protocol.catalogue import CATALOGUE_NBYTES_MAX, Catalogue, decode_catalogue
 from protocol.errors import ProtocolError
@@ -35,11 +35,12 @@ def adopt(
     n_threads: int,
     may_lack_experts: bool = False,
     is_wanted: Callable[[], bool] = lambda: True,
-) -> LoadedStore:
+) -> LoadedStore | SealedPart:
     """Return the store that those descriptors hold, catalogue first; raise StoreInvalid or LoadCancelled.
 
-    The descriptors are owned from here on, and closed on failure. `may_lack_experts`: a catalogue may leave out experts
-    as corrupt; only who cannot gain from hiding some may say so.
+    Of a store with slots that is its sealed part: nobody but who made slots can fill them, and their descriptors may be
+    left out. All descriptors are owned from here on, and closed on failure. `may_lack_experts`: a catalogue without
+    slots may leave out experts as corrupt; only who cannot gain from hiding some may say so.
     """
     start = time.monotonic()
     try:
@@ -53,6 +54,9 @@ def adopt(
     except BaseException:
         close_all(fds)
         raise
+    if catalogue.slots is not None:
+        close_all(fds[:1])
+        return SealedPart(catalogue, fds[1:])
     return LoadedStore(
         catalogue=catalogue,
         digest=digest,
@@ -74,18 +78,22 @@ def _read_catalogue(fds: list[int], digest: str) -> Catalogue:
     catalogue = decode_catalogue(bytes(_mapped(fds[0], nbytes)))
     if catalogue.manifest.digest != digest:
         raise StoreInvalid(f"the catalogue is of store {catalogue.manifest.digest[:12]}, not {digest[:12]}")
-    if catalogue.slots is not None:
-        raise StoreInvalid("slots are not adopted: nobody but who made them can fill them")
-    if len(fds) != 1 + len(catalogue.segments_nbytes):
-        raise StoreInvalid(f"{len(catalogue.segments_nbytes)} segments were promised, {len(fds) - 1} came")
+    n_fds = 1 + catalogue.n_sealed
+    if len(fds) == 1 + len(catalogue.segments_nbytes):  # those of slots came along
+        close_all(fds[n_fds:])
+        del fds[n_fds:]
+    if len(fds) != n_fds:
+        raise StoreInvalid(f"{n_fds - 1} segments were promised, {len(fds) - 1} came")
     manifest = catalogue.manifest
-    if sum(catalogue.segments_nbytes) > manifest.dense_nbytes + manifest.experts_nbytes:
+    if sum(catalogue.segments_nbytes[: catalogue.n_sealed]) > manifest.dense_nbytes + manifest.experts_nbytes:
         raise StoreInvalid("the segments are larger than what they hold")
     return catalogue
 
 
 def _missing_experts(catalogue: Catalogue, *, may_lack_experts: bool) -> tuple[ExpertKey, ...]:
     """Return the experts that have no place; raise StoreInvalid unless there may be some."""
+    if catalogue.slots is not None:
+        return ()  # what has no place there is read into slots
     missing = tuple(sorted(catalogue.manifest.experts.keys() - catalogue.experts.keys()))
     if missing and not may_lack_experts:
         raise StoreInvalid(f"{len(missing)} experts are missing")
@@ -110,7 +118,7 @@ def _check_all(catalogue: Catalogue, fds: list[int], n_threads: int, is_wanted: 
         *((str(key), manifest.experts[key], handle) for key, handle in catalogue.experts.items()),
     ]
     with ThreadPoolExecutor(n_threads, "expertd-adopt") as pool:
-        for segment, (fd, nbytes) in enumerate(zip(fds, catalogue.segments_nbytes, strict=True)):
+        for segment, (fd, nbytes) in enumerate(zip(fds, catalogue.segments_nbytes[: catalogue.n_sealed], strict=True)):
             view = _mapped(fd, nbytes)
 
             def check(place: tuple[str, Record, ExpertHandle | DenseHandle], view: memoryview = view) -> bool:

@@ -42,7 +42,7 @@ from expertd.lifecycle import (
     available_nbytes,
     forbid_inspection,
 )
-from expertd.loader import LoadedStore, Loader, LoaderSettings
+from expertd.loader import LoadedStore, Loader, LoaderSettings, SealedPart
 from expertd.log import DaemonLog, begin_log
 from expertd.offers import Adoption
 from expertd.server import RequestServer
@@ -104,7 +104,11 @@ def run_daemon(
         ready.tell(BUSY)
         raise
     with lock:
-        taken += prove_kept(manager.take_kept(), n_threads=config.n_loader_threads)
+        kept = manager.take_kept()
+        proven = prove_kept(kept, n_threads=config.n_loader_threads)
+        for digest in {store.digest for store in kept} - {store.digest for store in proven}:
+            manager.let_go(digest)
+        taken += proven
         daemon = Daemon(config, directory, ready, manager, log, place=lock)
         daemon.run(orders, taken)
 
@@ -182,11 +186,7 @@ class Daemon:
             signal.signal(number, self._on_signal)
         held = self._hold(taken)
         self._awaited = [self._service.begin_load(o.path, o.digest, o.wish) for o in orders if o.digest not in held]
-        unloaded = {store.digest for store in taken if store.is_unloaded} - held
-        for digest in unloaded:
-            self._service.offers.refuse(digest)
-        again = [store for store in taken if store.loaded is None and not store.is_unloaded]
-        unfinished = [self._service.begin_load(store.path, store.digest, store.wish) for store in again]
+        unfinished = self._begin_again(taken)
         self._requests.start()
         with self._ended_at_last(), self._metrics_served():
             for store in (*self._awaited, *unfinished):
@@ -246,6 +246,22 @@ class Daemon:
                 self._service.hold(store.path, store.loaded)
         return {store.digest for store in taken if store.loaded is not None}
 
+    def _begin_again(self, taken: Sequence[TakenStore]) -> list[HeldStore]:
+        """Return what is to be loaded beside the stores of the start; each goes on from what is sealed of it."""
+        begun = {store.digest: store for store in self._awaited}
+        wanted = {store.digest for store in taken if not store.is_unloaded} | begun.keys()
+        unfinished = []
+        for found in taken:
+            if found.is_unloaded and found.digest not in wanted:
+                self._service.offers.refuse(found.digest)
+            elif found.loaded is None and not found.is_unloaded:
+                store = begun.get(found.digest)
+                if store is None:
+                    store = self._service.begin_load(found.path, found.digest, found.wish)
+                    unfinished.append(store)
+                store.sealed, store.awaits_offers = found.sealed, found.sealed is None
+        return unfinished
+
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP and self._log.is_ours:
             self._log.reopen()
@@ -285,12 +301,14 @@ class Daemon:
             attached_pids = self._service.attached_pids()
         if not self._adopter.still_needs_reading(store, attached_pids):
             return
+        with self._lock:
+            sealed = store.begin()
         settings = LoaderSettings(self._config.n_loader_threads, self._config.collapse_budget_s)
         try:
             loader = Loader(
                 settings, available_nbytes, store.progress, partial(TieredStore, settings=self._tier_settings)
             )
-            loaded = loader.load(store.path, store.digest, store.wish)
+            loaded = loader.load(store.path, store.digest, store.wish, sealed)
         except LoadCancelled:
             return
         except OutOfMemory as error:
@@ -306,14 +324,19 @@ class Daemon:
     def _post(self, action: Callable[[], None]) -> None:
         self._control.post(action)
 
-    def _on_taken(self, adoption: Adoption, loaded: LoadedStore) -> None:
-        nbytes, proof_s = loaded.nbytes, loaded.load_s
-        reply = self._service.offers.taken(adoption, loaded)
+    def _on_taken(self, adoption: Adoption, proven: LoadedStore | SealedPart) -> None:
+        store, nbytes, offers = adoption.store, proven.nbytes, self._service.offers
+        if isinstance(proven, SealedPart):
+            reply = offers.taken_in_part(adoption, proven)
+        else:
+            reply = offers.taken(adoption, proven)
         logger.info(
-            "store offered digest=%s pid=%d nbytes=%d proof_s=%.2f answer=%s",
-            adoption.store.digest[:12], adoption.session.peer.pid, nbytes, proof_s, reply,
+            "store offered digest=%s pid=%d nbytes=%d is_all=%s answer=%s",
+            store.digest[:12], adoption.session.peer.pid, nbytes, isinstance(proven, LoadedStore), reply,
         )  # fmt: skip
         self._control.answer(adoption.session, reply)
+        if offers.begin_load(store):
+            self._start_load(store)
         self._tell_ready()
 
     def _on_not_taken(self, adoption: Adoption, refused: Refused | None) -> None:

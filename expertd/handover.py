@@ -6,7 +6,8 @@
       | Stop ----------------------------->| Draining to its sessions, its sockets and its lock go
       | takes the lock, serves             | has ended
 
-The memory is the same all along: both hold descriptors of the same segments, and nothing is read from disk. Runners see
+The memory is the same all along: both hold descriptors of the same sealed segments, and nothing is read from disk but
+what slots are filled with anew. Runners see
 their connection end, and attach to whoever serves next. Until Stop is said nothing has changed for anybody. Where the
 one before has ended already, the service manager may have kept the descriptors.
 """
@@ -20,17 +21,13 @@ from expertd.admin import stop_daemon
 from expertd.adoption import adopt
 from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.errors import StartFailed, StoreInvalid
-from expertd.loader import LoadedStore
+from expertd.loader import LoadedStore, SealedPart
 from expertd.systemd import KeptStore
 from protocol import messages as m
-from protocol.catalogue import decode_catalogue
 from protocol.control_client import ControlClient
-from protocol.errors import ProtocolError, RequestRefused, SegmentError, VersionMismatch
-from protocol.fdpass import close_all
-from protocol.handles import ExpertKey
+from protocol.errors import ProtocolError, RequestRefused, VersionMismatch
 from protocol.messages import Status, StoreState, StoreStatus
 from protocol.runtime_dir import RuntimeDir
-from protocol.segment import map_segment, segment_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +36,21 @@ _STOP_WITHIN_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class TakenStore:
-    """A store that the daemon before had; `loaded` is None where it was still loading, has slots, or was unloaded."""
+    """A store that the daemon before had: all of it, or of one with slots what is sealed; nothing of one in loading."""
 
     path: Path
     digest: str
-    loaded: LoadedStore | None
+    loaded: LoadedStore | None = None
+    sealed: SealedPart | None = None
     wish: MemoryWish = ALL_THERE_IS
     is_unloaded: bool = False
+
+    def close(self) -> None:
+        """Let it go."""
+        if self.loaded is not None:
+            self.loaded.close()
+        if self.sealed is not None:
+            self.sealed.close()
 
 
 def take_over(directory: RuntimeDir, *, n_threads: int) -> list[TakenStore]:
@@ -72,11 +77,11 @@ def prove_kept(stores: Sequence[KeptStore], *, n_threads: int) -> list[TakenStor
     taken = []
     for store in stores:
         try:
-            loaded = adopt(store.fds, store.digest, n_threads=n_threads, may_lack_experts=True)
+            proven = adopt(store.fds, store.digest, n_threads=n_threads, may_lack_experts=True)
         except StoreInvalid as error:
             logger.error("store not adopted digest=%s error=%s", store.digest[:12], error)  # noqa: TRY400 - it is said
         else:
-            taken.append(TakenStore(store.path, store.digest, loaded))
+            taken.append(_taken(store.path, store.digest, store.memory_nbytes, proven))
     return taken
 
 
@@ -84,24 +89,28 @@ def _take_stores(directory: RuntimeDir, stores: Sequence[StoreStatus], n_threads
     taken: list[TakenStore] = []
     try:
         for store in stores:
-            wish = MemoryWish(store.memory_nbytes)
-            if store.state is StoreState.READY and store.n_slots:
-                pinned = MemoryWish(store.memory_nbytes, _pinned(directory, store.digest))
-                taken.append(TakenStore(Path(store.path), store.digest, None, pinned))
-            elif store.state is StoreState.READY:
-                loaded = _take(directory, store.digest, n_threads)
-                taken.append(TakenStore(Path(store.path), store.digest, loaded, wish))
+            path, digest, memory_nbytes = Path(store.path), store.digest, store.memory_nbytes
+            if store.state is StoreState.READY:
+                taken.append(_taken(path, digest, memory_nbytes, _take(directory, digest, n_threads)))
             elif store.state is StoreState.LOADING:
-                taken.append(TakenStore(Path(store.path), store.digest, None, wish))
+                taken.append(_taken(path, digest, memory_nbytes, None))
             elif store.state is StoreState.ORPHANED:
-                taken.append(TakenStore(Path(store.path), store.digest, None, is_unloaded=True))
+                taken.append(TakenStore(path, digest, is_unloaded=True))
     except BaseException:
         _close(taken)
         raise
     return taken
 
 
-def _take(directory: RuntimeDir, digest: str, n_threads: int) -> LoadedStore | None:
+def _taken(path: Path, digest: str, memory_nbytes: int | None, proven: LoadedStore | SealedPart | None) -> TakenStore:
+    """Return a store with what was had of it, to be held as it was."""
+    wish = MemoryWish(memory_nbytes)
+    if isinstance(proven, SealedPart):
+        return TakenStore(path, digest, sealed=proven, wish=MemoryWish(memory_nbytes, tuple(proven.catalogue.experts)))
+    return TakenStore(path, digest, loaded=proven, wish=wish)
+
+
+def _take(directory: RuntimeDir, digest: str, n_threads: int) -> LoadedStore | SealedPart | None:
     """Return a store of the running daemon, proven; None if it is no longer there or not what it should be."""
     try:
         with ControlClient(directory) as client:
@@ -116,21 +125,6 @@ def _take(directory: RuntimeDir, digest: str, n_threads: int) -> LoadedStore | N
         return None
 
 
-def _pinned(directory: RuntimeDir, digest: str) -> tuple[ExpertKey, ...]:
-    """Return the experts of a store with slots that are in memory for good; none if it is no longer there."""
-    try:
-        with ControlClient(directory) as client:
-            fds = client.attach(digest)
-        try:
-            return tuple(decode_catalogue(bytes(map_segment(fds[0], segment_nbytes(fds[0])))).experts)
-        finally:
-            close_all(fds)
-    except (RequestRefused, SegmentError) as error:
-        logger.warning("pinned experts not taken over digest=%s reason=%s", digest[:12], error)
-        return ()
-
-
 def _close(taken: Sequence[TakenStore]) -> None:
     for store in taken:
-        if store.loaded is not None:
-            store.loaded.close()
+        store.close()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from expertd.holders import segment_name
 from expertd.slot_memory import SlotMemory
 from expertd.store import StoreFiles
 from expertd.tiered import TieredStore
-from protocol.catalogue import Catalogue, encode_catalogue, plan_catalogue, plan_tiered_catalogue
+from protocol.catalogue import Catalogue, encode_catalogue, plan_catalogue, plan_tiered_catalogue, with_slots
 from protocol.fault_points import FaultPoint, reached
 from protocol.fdpass import close_all
 from protocol.handles import DenseHandle, ExpertHandle, ExpertKey
@@ -52,6 +52,33 @@ class LoadProgress:
             self.loaded_nbytes += nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class SealedPart:
+    """What is sealed of a store with slots, found with somebody and proven; slots are made anew beside it.
+
+    Owns the descriptors of the sealed segments, in order. The catalogue is that of who had it, its slots included.
+    """
+
+    catalogue: Catalogue
+    fds: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its segments."""
+        return sum(self.catalogue.segments_nbytes[: self.catalogue.n_sealed])
+
+    def close(self) -> None:
+        """Let the segments go, unless somebody took them."""
+        close_all(self.fds)
+        self.fds.clear()
+
+    def take(self) -> list[int]:
+        """Return the descriptors, which are the caller's from here on."""
+        fds = self.fds.copy()
+        self.fds.clear()
+        return fds
+
+
 @dataclass(slots=True)
 class LoadedStore:
     """The segments of one store. Owns the descriptors: the catalogue's first, then the data segments in order."""
@@ -64,11 +91,17 @@ class LoadedStore:
     corrupt: tuple[ExpertKey, ...]
     fds: list[int] = field(default_factory=list)
     tiered: TieredStore | None = None  # of a store that is larger than its memory
+    sealed_fds: list[int] = field(init=False)  # those of them that another daemon could go on with
+
+    def __post_init__(self) -> None:
+        is_all = self.catalogue.slots is None
+        self.sealed_fds = self.fds if is_all else self.fds[: 1 + self.catalogue.n_sealed]
 
     def close(self) -> None:
         """Let the segments go; runners that map them keep them alive."""
         close_all(self.fds)
         self.fds.clear()
+        self.sealed_fds.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +147,28 @@ class Loader:
         self._corrupt: list[ExpertKey] = []
         self._huge_nbytes = 0
 
-    def load(self, path: Path, digest: str, wish: MemoryWish = ALL_THERE_IS) -> LoadedStore:
-        """Return the store of that digest as sealed segments; raise StoreInvalid, OutOfMemory or LoadCancelled."""
+    def load(
+        self, path: Path, digest: str, wish: MemoryWish = ALL_THERE_IS, sealed: SealedPart | None = None
+    ) -> LoadedStore:
+        """Return the store of that digest as sealed segments; raise StoreInvalid, OutOfMemory or LoadCancelled.
+
+        `sealed` is owned from here on. Where the store is to be held as whoever had it did, only slots are made.
+        """
         start = time.monotonic()
         with ExitStack() as stack, ThreadPoolExecutor(self._settings.n_threads, "expertd-load") as pool:
+            fds: list[int] = []
+            stack.callback(close_all, fds)
+            found = stack.enter_context(closing(sealed)) if sealed else None
             files = stack.enter_context(StoreFiles(path))
             if files.manifest.digest != digest:
                 raise StoreInvalid(f"the store has digest {files.manifest.digest[:12]}, {digest[:12]} was expected")
-            plan = plan_memory(files.manifest, wish, self._available_nbytes())
-            planned = plan_catalogue(files.manifest) if plan is None else _tiered(files.manifest, plan)
+            planned = self._plan(files.manifest, wish, found)
             reached(FaultPoint.DAEMON_FILES_OPENED)
             work = _Work(files, pool, start + self._settings.collapse_budget_s)
-            fds: list[int] = []
-            stack.callback(close_all, fds)
-            n_sealed = len(planned.segments_nbytes) if planned.slots is None else planned.slots.first_segment
-            for segment, nbytes in enumerate(planned.segments_nbytes[:n_sealed]):
+            fds += found.take() if found else []
+            for segment in range(len(fds), planned.n_sealed):
                 items = [item for item in _items(planned) if item.handle.segment == segment]
-                fds.append(self._load_segment(work, nbytes, items))
+                fds.append(self._load_segment(work, planned.segments_nbytes[segment], items))
             memory = self._take_slots(work, planned.slots, fds, stack) if planned.slots else None
             catalogue = self._without_corrupt(planned)
             fds.insert(0, make_segment("expertd-catalogue", encode_catalogue(catalogue)))
@@ -149,6 +187,17 @@ class Loader:
             fds=fds,
             tiered=tiered,
         )
+
+    def _plan(self, manifest: Manifest, wish: MemoryWish, found: SealedPart | None) -> Catalogue:
+        """Return what goes where; close a sealed part that does not fit to it."""
+        available_nbytes = self._available_nbytes()
+        if found is not None:
+            plan = plan_memory(manifest, wish, available_nbytes + found.nbytes)
+            if plan is not None and plan.pinned == found.catalogue.experts.keys():
+                return with_slots(found.catalogue, plan.n_slots)
+            found.close()
+        plan = plan_memory(manifest, wish, available_nbytes)
+        return plan_catalogue(manifest) if plan is None else _tiered(manifest, plan)
 
     def _take_slots(self, work: _Work, area: SlotArea, fds: list[int], stack: ExitStack) -> SlotMemory:
         """Return slots whose memory is taken; `fds` gets what clients are given of them."""

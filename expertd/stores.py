@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertd.budget import ALL_THERE_IS, MemoryWish
-from expertd.loader import LoadedStore, LoadProgress
+from expertd.loader import LoadedStore, LoadProgress, SealedPart
 from expertd.tiered import TieredStore
 from protocol.messages import Refused, StoreState, StoreStatus
 from protocol.schema import CORRUPT_KEYS_MAX
@@ -27,6 +27,9 @@ class HeldStore:
     is_read: bool = False  # a load from disk is wished for, or under way
     asked_by: int | None = None  # the process that has it loaded: it waits, and offers nothing
     is_proven: bool = False  # what somebody offered is being checked
+    awaits_offers: bool = True  # who maps it may have what a load needs
+    sealed: SealedPart | None = None  # proven, for the load to go on from
+    is_begun: bool = False  # a load from disk has taken what there was to go on from
 
     @property
     def nbytes(self) -> int:
@@ -37,6 +40,20 @@ class HeldStore:
     def tiered(self) -> TieredStore | None:
         """Its slots at work, if it is larger than its memory."""
         return self.loaded.tiered if self.loaded else None
+
+    def begin(self) -> SealedPart | None:
+        """Return what a load that begins can go on from, which is its own then; what comes later is too late."""
+        self.is_begun = True
+        sealed, self.sealed = self.sealed, None
+        return sealed
+
+    def close(self) -> None:
+        """Let its segments go, and have whatever is under way end."""
+        self.progress.cancelled = True
+        if self.loaded:
+            self.loaded.close()
+        if self.sealed:
+            self.sealed.close()
 
     def status(self, n_sessions: int) -> StoreStatus:
         """Return what `status` shows of this store."""
@@ -116,9 +133,7 @@ class StoreTable:
     def unload(self, store: HeldStore, *, is_mapped: bool) -> None:
         """Let a held store go; while a runner maps it, it is an orphan."""
         del self._by_digest[store.digest]
-        store.progress.cancelled = True
-        if store.loaded:
-            store.loaded.close()
+        store.close()
         if is_mapped:
             store.state = StoreState.ORPHANED
             self._orphans.append(store)
@@ -134,9 +149,7 @@ class StoreTable:
     def close(self) -> None:
         """Let everything go."""
         for store in self.all():
-            store.progress.cancelled = True
-            if store.loaded:
-                store.loaded.close()
+            store.close()
             if store.tiered:
                 store.tiered.stop()
         for store in self.all():

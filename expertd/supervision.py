@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from expertd.service import Service
 from expertd.stores import HeldStore
-from expertd.systemd import ServiceManager
+from expertd.systemd import KeptStore, ServiceManager
 from protocol.messages import StoreState
 
 _TICK_S = 1.0
@@ -46,11 +46,15 @@ class Supervision:
             return
         with self._lock:
             stores = [store for store in self._service.held_stores() if store.state is not StoreState.ORPHANED]
-            loaded = [(store, store.loaded) for store in stores if store.loaded is not None]
             # Slots are of no use to another daemon, and kept they would take their memory twice.
-            ready = {s.digest: (s.path, found.fds) for s, found in loaded if found.catalogue.slots is None}
+            ready = [
+                KeptStore(store.path, store.digest, store.wish.memory_nbytes, store.loaded.sealed_fds)
+                for store in stores
+                if store.loaded is not None
+            ]
+            loading = {store.digest for store in stores if store.state is StoreState.LOADING}
             status = status_line(stores)
-        self._manager.keep_only(ready)
+        self._manager.keep_only(ready, loading)
         self._manager.tell_status(status)
         self._feed_watchdog()
 

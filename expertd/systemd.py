@@ -5,15 +5,16 @@
     FDSTOREREMOVE=1, FDNAME=…                     let go
     LISTEN_FDS, LISTEN_FDNAMES                    what it kept, handed to the process it starts next
 
-A store is kept as a descriptor of its label, a small segment that holds its path, and those of its segments, catalogue
-first. Each has a name of its own: the manager promises no order. Without a manager everything here does nothing.
+A store is kept as a descriptor of its label, a small segment that holds its path and the memory it was allowed, and
+those of its sealed segments, catalogue first. Each has a name of its own: the manager promises no order. Without a
+manager everything here does nothing.
 """
 
 import logging
 import os
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ FIRST_KEPT_FD = 3  # SD_LISTEN_FDS_START
 
 _SEND_WITHIN_S = 1.0
 _STATUS_LENGTH_MAX = 256
-_PATH_NBYTES_MAX = 1024
+_LABEL_NBYTES_MAX = 1024 + 20
 _LABEL = "label"
 _NAME = re.compile(r"expertd-([0-9a-f]{64})-(label|\d{1,4})", re.ASCII)
 
@@ -50,6 +51,7 @@ class KeptStore:
 
     path: Path
     digest: str
+    memory_nbytes: int | None
     fds: list[int]
 
 
@@ -104,39 +106,44 @@ class ServiceManager:
             self._kept[digest] = _Kept(store.fds if store else (), n_fds)
             if store is None:
                 logger.warning("a store was kept in part, it is let go digest=%s", digest[:12])
-                self._forget(digest)
+                self.let_go(digest)
             else:
                 whole.append(store)
         self._handed_over = ()
         return whole
 
-    def keep_only(self, stores: Mapping[str, tuple[Path, Sequence[int]]]) -> None:
-        """Have the descriptors of those stores kept, by digest, catalogue first, and no others; they stay the caller's.
+    def keep_only(self, stores: Sequence[KeptStore], loading: Collection[str] = ()) -> None:
+        """Have the descriptors of those stores kept and no others; they stay the caller's.
 
-        A store is known by its very list of descriptors: another one is another copy.
+        A store is known by its very list of descriptors: another one is another copy. What is kept of one that is
+        loading, by its digest, stays until it is ready.
         """
+        by_digest = {store.digest: store for store in stores}
         for digest, kept in list(self._kept.items()):
-            if digest not in stores or stores[digest][1] is not kept.fds:
-                self._forget(digest)
+            store = by_digest.get(digest)
+            if digest not in loading and (store is None or store.fds is not kept.fds):
+                self.let_go(digest)
         if not self.is_there:
             return
-        for digest in stores.keys() - self._kept.keys():
-            self._keep(digest, *stores[digest])
+        for digest in by_digest.keys() - self._kept.keys():
+            self._keep(by_digest[digest])
 
-    def _keep(self, digest: str, path: Path, fds: Sequence[int]) -> None:
-        self._kept[digest] = _Kept(fds, len(fds))
-        label = make_segment("expertd-label", os.fsencode(path))
+    def let_go(self, digest: str) -> None:
+        """Have what is kept of a store kept no longer."""
+        for index in (_LABEL, *range(self._kept.pop(digest).n_fds)):
+            self._send(f"FDSTOREREMOVE=1\nFDNAME={_name(digest, index)}")
+
+    def _keep(self, store: KeptStore) -> None:
+        digest = store.digest
+        self._kept[digest] = _Kept(store.fds, len(store.fds))
+        label = make_segment("expertd-label", _label(store))
         try:
             # At the first one that is not taken the rest is not tried: each try may wait.
-            named: list[tuple[int | str, int]] = [(_LABEL, label), *enumerate(fds)]
+            named: list[tuple[int | str, int]] = [(_LABEL, label), *enumerate(store.fds)]
             if not all(self._send(f"FDSTORE=1\nFDNAME={_name(digest, index)}", fd) for index, fd in named):
                 logger.error("store not kept by the service manager digest=%s", digest[:12])
         finally:
             os.close(label)
-
-    def _forget(self, digest: str) -> None:
-        for index in (_LABEL, *range(self._kept.pop(digest).n_fds)):
-            self._send(f"FDSTOREREMOVE=1\nFDNAME={_name(digest, index)}")
 
     def _send(self, text: str, fd: int | None = None) -> bool:
         """Return whether the manager took it."""
@@ -227,23 +234,40 @@ def _put(parts: _Parts, index: str, fd: int) -> None:
 def _whole_store(digest: str, parts: _Parts) -> KeptStore | None:
     """Return the store if none of its descriptors is missing; close what there is if one is."""
     fds = [parts.segments[index] for index in sorted(parts.segments)]
-    path = None
+    said = None
     if parts.label is not None:
-        path = _read_label(parts.label)
+        said = _read_label(parts.label)
         os.close(parts.label)
-    if path is None or not fds or sorted(parts.segments) != list(range(len(fds))):
+    if said is None or not fds or sorted(parts.segments) != list(range(len(fds))):
         close_all(fds)
         return None
-    return KeptStore(path, digest, fds)
+    return KeptStore(said.path, digest, said.memory_nbytes, fds)
 
 
-def _read_label(fd: int) -> Path | None:
-    """Return the path in a label; None if it is none."""
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """What a label says of a store."""
+
+    path: Path
+    memory_nbytes: int | None
+
+
+def _label(store: KeptStore) -> bytes:
+    """Return a label's bytes: the path and, behind a zero byte, the memory the store may take if that is bounded."""
+    memory = b"" if store.memory_nbytes is None else b"\0%d" % store.memory_nbytes
+    return os.fsencode(store.path) + memory
+
+
+def _read_label(fd: int) -> _Label | None:
+    """Return what a label says; None if it is none."""
     try:
         nbytes = segment_nbytes(fd)
-        if not 0 < nbytes <= _PATH_NBYTES_MAX:
+        if not 0 < nbytes <= _LABEL_NBYTES_MAX:
             return None
-        path = Path(os.fsdecode(bytes(map_segment(fd, nbytes))))
+        path, has_bound, bound = bytes(map_segment(fd, nbytes)).partition(b"\0")
     except SegmentError:
         return None
-    return path if path.is_absolute() else None
+    said = os.fsdecode(path)
+    if not Path(said).is_absolute() or (has_bound and not _is_number(os.fsdecode(bound))):
+        return None
+    return _Label(Path(said), int(bound) if has_bound else None)

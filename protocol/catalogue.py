@@ -9,7 +9,7 @@ after the sealed segments.
 """
 
 from collections.abc import Collection
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from protocol.codec import pack, unpack
 from protocol.errors import SegmentError
@@ -33,9 +33,14 @@ class Catalogue:
     dense: dict[str, DenseHandle]
     slots: SlotArea | None = None
 
+    @property
+    def n_sealed(self) -> int:
+        """How many segments are sealed: the first ones."""
+        return len(self.segments_nbytes) if self.slots is None else self.slots.first_segment
+
     def kind(self, segment: int) -> SegmentKind:
         """Return what a segment is for."""
-        if self.slots is None or segment < self.slots.first_segment:
+        if self.slots is None or segment < self.n_sealed:
             return SegmentKind.SEALED
         return SegmentKind.SLOT_TABLE if segment == self.slots.table_segment else SegmentKind.SLOTS
 
@@ -47,11 +52,18 @@ def plan_catalogue(manifest: Manifest) -> Catalogue:
 
 def plan_tiered_catalogue(manifest: Manifest, pinned: Collection[ExpertKey], n_slots: int) -> Catalogue:
     """Return where the dense weights and pinned experts of a store go, and its slots, for whatever is not pinned."""
-    sealed = _plan_sealed(manifest, {key: record for key, record in manifest.experts.items() if key in pinned})
-    slot_nbytes = max(record.nbytes for key, record in manifest.experts.items() if key not in pinned)
-    slots = plan_slot_area(slot_nbytes, n_slots, len(sealed.segments_nbytes))
-    sizes = (*sealed.segments_nbytes, *slots.segments_nbytes(), slots.table_nbytes)
-    return Catalogue(manifest, sizes, sealed.experts, sealed.dense, slots)
+    sealed = {key: record for key, record in manifest.experts.items() if key in pinned}
+    return with_slots(_plan_sealed(manifest, sealed), n_slots)
+
+
+def with_slots(catalogue: Catalogue, n_slots: int) -> Catalogue:
+    """Return the sealed part of a catalogue with so many slots behind it, for whatever expert is not in that part."""
+    records = catalogue.manifest.experts.items()
+    slot_nbytes = max(record.nbytes for key, record in records if key not in catalogue.experts)
+    slots = plan_slot_area(slot_nbytes, n_slots, catalogue.n_sealed)
+    sealed_nbytes = catalogue.segments_nbytes[: catalogue.n_sealed]
+    sizes = (*sealed_nbytes, *slots.segments_nbytes(), slots.table_nbytes)
+    return replace(catalogue, segments_nbytes=sizes, slots=slots)
 
 
 def _plan_sealed(manifest: Manifest, experts: dict[ExpertKey, Record]) -> Catalogue:

@@ -119,9 +119,7 @@ class ControlClient:
 
     def offer_answer(self) -> None:
         """Return if the offer was taken: the session is attached; raise RequestRefused or DaemonUnavailable."""
-        reply, fds = self._receive()
-        fdpass.close_all(fds)
-        _expect(reply, Attached)
+        self._answer(Attached)
 
     def _say_hello(self) -> Welcome:
         self._send(Hello(LOWEST_PROTOCOL_VERSION, HIGHEST_PROTOCOL_VERSION, LIBRARY_VERSION))

@@ -76,7 +76,8 @@ class Load:
 class Offer:
     """Give a daemon the segments of a store that an earlier one had: catalogue and sealed segments follow, in order.
 
-    `memory_nbytes` is that of `Load`, for a store with slots, which are not offered: they are made anew.
+    `memory_nbytes` is that of `Load`, for a store with slots, which are not offered: they are made anew, and the answer
+    is that it is being loaded.
     """
 
     path: str

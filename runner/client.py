@@ -23,7 +23,7 @@ from protocol.fdpass import close_all
 from protocol.handles import ExpertKey
 from protocol.manifest import MANIFEST_FILE, MANIFEST_NBYTES_MAX, Manifest, manifest_digest
 from protocol.messages import Code, GetStatus, Load, Status
-from protocol.segment import SegmentKind, map_segment, segment_nbytes
+from protocol.segment import map_segment, segment_nbytes
 from protocol.slot_table import SlotArea
 from runner.config import RunnerConfig, my_runtime_dir
 from runner.errors import CorruptExpert, StoreChanged, StoreInvalid, StoreUnavailable
@@ -77,7 +77,7 @@ class AttachedStore:
                 map_segment(fd, nbytes, self._catalogue.kind(segment))
                 for segment, (fd, nbytes) in enumerate(zip(fds[1:], sizes, strict=True))
             ]
-            n_sealed = len(sizes) if self._catalogue.slots is None else self._catalogue.slots.first_segment
+            n_sealed = self._catalogue.n_sealed
             identity = Identity(my_runtime_dir(), path, digest)
             self._session = Session(identity, client, fds[: 1 + n_sealed], self._views[:n_sealed])
         finally:
@@ -86,7 +86,7 @@ class AttachedStore:
         self._slots: AttachedSlots | None = None
         if self._catalogue.slots is not None:
             try:
-                self._recovery = Recovery(my_runtime_dir(), self._load_again(client), start_daemon)
+                self._recovery = Recovery(my_runtime_dir(), self._load_again(client), self._session, start_daemon)
                 self._slots = self._open_slots(client, self._catalogue.slots)
             except BaseException:
                 self._session.close()
@@ -163,8 +163,7 @@ class AttachedStore:
 
     def _renew_slots(self) -> AttachedSlots:
         """Return the slots of whoever serves the store now; raise StoreUnavailable or StoreChanged."""
-        n_sealed = sum(self._catalogue.kind(i) is SegmentKind.SEALED for i in range(len(self._views)))
-        self._views = self._views[:n_sealed]
+        self._views = self._views[: self._catalogue.n_sealed]
         had = self._recovery.attach()
         try:
             area = self._map_new_slots(had.fds)

@@ -71,6 +71,11 @@ class Session:
         """Whether a daemon counts this process among those that use the store, as far as is known."""
         return self._client is not None and self._offered_at is None
 
+    @property
+    def fds(self) -> Sequence[int]:
+        """The catalogue's descriptor and those of the sealed segments, to be offered; they stay the session's."""
+        return self._fds
+
     def tend(self, now: float) -> None:
         """Look after the session; raise StoreChanged if the store is another one now. Blocks for a moment at most."""
         if now < self._look_at:

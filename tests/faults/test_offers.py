@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,25 @@ from protocol import messages as m
 from protocol.codec import decode, encode
 from protocol.control_client import ControlClient
 from protocol.errors import DaemonUnavailable, RequestRefused
+from protocol.handles import ExpertKey
 from protocol.manifest import Manifest
-from protocol.messages import Code
+from protocol.messages import Code, StoreState
+from protocol.runtime_dir import RuntimeDir
 from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
-from protocol.segment import make_segment
+from protocol.segment import make_segment, map_segment
 from runner.client import attach
 from runner.config import RunnerConfig
 from tests.support.as_user import run_as_nobody
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import DaemonProcess, launched_daemon
+from tests.support.request_client import RequestClient, file_bytes
+from tests.support.stores import dense_damaged
+from tests.support.tiers import load_tiered, memory_for
 from tests.support.waiting import wait_readable, wait_until
 
 NO_AUTOSTART = RunnerConfig(autostart=False)
 WITHIN_S = 60.0
+N_SLOTS = 4
+PINNED = (ExpertKey(1, 2),)
 
 
 @pytest.fixture
@@ -37,9 +45,9 @@ def segments(loaded: DaemonProcess, manifest: Manifest) -> Iterator[list[int]]:
     fdpass.close_all(fds)
 
 
-def offer(client: ControlClient, store: Path, digest: str, fds: list[int]) -> None:
+def offer(client: ControlClient, store: Path, digest: str, fds: list[int], memory_nbytes: int | None = None) -> None:
     """Offer and wait for the answer; raise RequestRefused."""
-    client.offer(m.Offer(str(store), digest, None, len(fds)), fds)
+    client.offer(m.Offer(str(store), digest, memory_nbytes, len(fds)), fds)
     wait_readable(client.fileno(), "the answer", WITHIN_S)
     client.offer_answer()
 
@@ -141,3 +149,107 @@ def test_another_user_can_offer_nothing(loaded: DaemonProcess) -> None:
 
     assert refused == DaemonUnavailable.__name__
     assert loaded.is_alive()
+
+
+@contextmanager
+def sealed_part_of_slots(daemon: DaemonProcess, store: Path, manifest: Manifest) -> Iterator[list[int]]:
+    """Give the catalogue and the sealed segments of a store that the daemon held in slots, and holds no more."""
+    load_tiered(daemon, store, manifest, n_slots=N_SLOTS, pinned=PINNED)
+    with daemon.client() as client:
+        fds = client.attach(manifest.digest)
+    with daemon.client() as client:
+        client.ask(m.Unload(manifest.digest), m.Unloaded)
+    n_sealed = 2  # dense weights, pinned experts
+    fdpass.close_all(fds[1 + n_sealed :])
+    try:
+        yield fds[: 1 + n_sealed]
+    finally:
+        fdpass.close_all(fds[: 1 + n_sealed])
+
+
+def inodes(fds: list[int]) -> set[int]:
+    return {os.fstat(fd).st_ino for fd in fds}
+
+
+def test_the_sealed_part_of_a_store_with_slots_is_taken_and_slots_are_made_beside_it(
+    daemon: DaemonProcess, store: Path, manifest: Manifest
+) -> None:
+    """On disk the dense weights are damaged: who reads them refuses the store."""
+    with sealed_part_of_slots(daemon, store, manifest) as fds, dense_damaged(store, manifest):
+        with daemon.client() as client, pytest.raises(RequestRefused) as answer:
+            offer(client, store, manifest.digest, fds, memory_for(manifest, N_SLOTS, PINNED))
+        wait_until(lambda: daemon.store(manifest.digest).state is not StoreState.LOADING, "the slots")
+        held = daemon.store(manifest.digest)
+        with RequestClient(daemon.directory, manifest.digest) as client:
+            handle = client.acquire(ExpertKey(0, 0)).handles[0]
+            record = client.bytes_of(handle)
+            expected = file_bytes(store, client.catalogue, ExpertKey(0, 0))
+        with daemon.client() as client:
+            served = client.attach(manifest.digest)
+        sealed, same = inodes(fds[1:]), inodes(served[1:3])
+        fdpass.close_all(served)
+
+    assert answer.value.code == Code.STORE_LOADING
+    assert (held.state, held.n_slots, held.n_pinned) == (StoreState.READY, N_SLOTS, len(PINNED))
+    assert held.memory_nbytes == memory_for(manifest, N_SLOTS, PINNED)
+    assert record == expected
+    assert same == sealed
+
+
+def test_a_forged_byte_of_a_sealed_part_is_refused_and_the_store_is_not_there(
+    daemon: DaemonProcess, store: Path, manifest: Manifest
+) -> None:
+    with sealed_part_of_slots(daemon, store, manifest) as fds:
+        data = bytearray(os.pread(fds[1], os.fstat(fds[1]).st_size, 0))
+        data[100] ^= 1
+        forged = make_segment("expertd-store", bytes(data))
+        with daemon.client() as client, pytest.raises(RequestRefused) as answer:
+            offer(client, store, manifest.digest, [fds[0], forged, fds[2]])
+        fdpass.close_all([forged])
+
+        assert answer.value.code == Code.STORE_INVALID
+        assert daemon.status().stores == ()
+
+
+def test_a_start_with_slots_waits_for_who_maps_the_sealed_part(
+    runtime: RuntimeDir, daemon: DaemonProcess, store: Path, manifest: Manifest
+) -> None:
+    """It is this process that maps it. On disk the dense weights are damaged: who reads them refuses the store."""
+    memory_nbytes = memory_for(manifest, N_SLOTS)
+    load_tiered(daemon, store, manifest, n_slots=N_SLOTS)
+    with daemon.client() as client:
+        fds = client.attach(manifest.digest)
+    view = map_segment(fds[1], os.fstat(fds[1]).st_size)
+    daemon.kill()
+    with (
+        dense_damaged(store, manifest),
+        launched_daemon(runtime, str(store), "--memory", str(memory_nbytes)) as (successor, ready),
+    ):
+        wait_until(lambda: "waiting for offers" in successor.log, "the start to wait")
+        with successor.client() as client, pytest.raises(RequestRefused) as answer:
+            offer(client, store, manifest.digest, fds[:2], memory_nbytes)
+        wait_readable(ready, "the daemon to be ready", WITHIN_S)
+        held = successor.store(manifest.digest)
+    fdpass.close_all(fds)
+    del view
+
+    assert answer.value.code == Code.STORE_LOADING
+    assert (held.state, held.n_slots) == (StoreState.READY, N_SLOTS)
+
+
+def test_all_of_a_store_is_not_taken_where_it_is_to_be_held_in_less_memory(
+    runtime: RuntimeDir, loaded: DaemonProcess, store: Path, manifest: Manifest, segments: list[int]
+) -> None:
+    view = map_segment(segments[1], os.fstat(segments[1]).st_size)
+    loaded.kill()
+    memory = str(memory_for(manifest, N_SLOTS))
+    with launched_daemon(runtime, str(store), "--memory", memory) as (successor, ready):
+        wait_until(lambda: "waiting for offers" in successor.log, "the start to wait")
+        with successor.client() as client, pytest.raises(RequestRefused) as answer:
+            offer(client, store, manifest.digest, segments)
+        wait_readable(ready, "the daemon to be ready", WITHIN_S)
+        held = successor.store(manifest.digest)
+    del view
+
+    assert answer.value.code == Code.STORE_LOADING
+    assert (held.state, held.n_slots) == (StoreState.READY, N_SLOTS)

@@ -23,8 +23,9 @@ from tests.support.daemon import (
     stop_background_daemon,
 )
 from tests.support.paced_runner import PacedRunner, paced_runner
-from tests.support.segments import segments_of
+from tests.support.segments import SEALED, segments_of
 from tests.support.small_stores import make_small_store
+from tests.support.stores import dense_damaged
 from tests.support.tokenizers import byte_level, tokenizer_files
 from tests.support.waiting import wait_for_exit, wait_until
 
@@ -112,6 +113,7 @@ def test_a_restart_under_load_costs_no_token(runtime: RuntimeDir, text_store: Pa
 def test_over_slots_the_runner_starts_the_daemon_that_it_needs_ten_times_and_the_text_is_the_same(
     runtime: RuntimeDir, wide_store: Path
 ) -> None:
+    """Every one takes the dense weights from it: on disk there are none any more, and in memory they are there once."""
     manifest = read_manifest(wide_store)
     budget_nbytes = least_nbytes(manifest) + manifest.experts_nbytes // 8
     short = ("--max-new-tokens", "400")
@@ -119,8 +121,9 @@ def test_over_slots_the_runner_starts_the_daemon_that_it_needs_ten_times_and_the
     with running_daemon(runtime, str(wide_store)), paced_runner(wide_store, *short) as runner:
         resident = runner.finish()
     run_expertd("start", wide_store, "--memory", str(budget_nbytes))
-    with paced_runner(wide_store, *short) as runner:
+    with paced_runner(wide_store, *short) as runner, dense_damaged(wide_store, manifest):
         runner.begin()
+        sealed = segments_of(runner.process.pid, named=SEALED)
         for _ in range(N_KILLS):
             pid = background_pid(runtime)
             assert pid is not None
@@ -130,12 +133,14 @@ def test_over_slots_the_runner_starts_the_daemon_that_it_needs_ten_times_and_the
             wait_until(
                 lambda: are_attached(runtime, [runner], manifest.digest), "the runner to have slots again", WITHIN_S
             )
+        held_at_last = segments_of(runner.process.pid, background_pid(runtime) or 0, named=SEALED)
         text = runner.finish()
         with ControlClient(runtime) as client:
             (held,) = client.ask(m.GetStatus(), Status).stores
     stop_background_daemon(runtime)
 
     assert text == resident
+    assert held_at_last == sealed
     assert len(set(pids)) == N_KILLS
     assert (held.memory_nbytes, held.n_slots > 0) == (budget_nbytes, True)
 
@@ -155,7 +160,8 @@ def test_over_slots_without_autostart_the_runner_says_what_it_lacks(runtime: Run
     assert "no expertd runs, and what is not in memory cannot be read without it" in said
 
 
-def test_a_restart_keeps_budget_and_pinned_experts_of_a_store_with_slots(runtime: RuntimeDir, wide_store: Path) -> None:
+def test_a_restart_keeps_all_of_a_store_with_slots_but_what_lies_in_them(runtime: RuntimeDir, wide_store: Path) -> None:
+    """Budget, pinned experts, and the memory of these and of the dense weights."""
     manifest = read_manifest(wide_store)
     budget_nbytes = least_nbytes(manifest) + manifest.experts_nbytes // 4
     pinned = (ExpertKey(0, 1), ExpertKey(2, 5))
@@ -166,11 +172,13 @@ def test_a_restart_keeps_budget_and_pinned_experts_of_a_store_with_slots(runtime
     before = the_store(runtime)
     with paced_runner(wide_store, "--max-new-tokens", "300") as runner:
         undisturbed = runner.finish()
-    with paced_runner(wide_store, "--max-new-tokens", "300") as runner:
+    with paced_runner(wide_store, "--max-new-tokens", "300") as runner, dense_damaged(wide_store, manifest):
         runner.begin()
+        sealed = segments_of(runner.process.pid, named=SEALED)
         result = run_expertd("restart")
         wait_until(lambda: are_attached(runtime, [runner], manifest.digest), "the runner to have slots again", WITHIN_S)
         after = the_store(runtime)
+        sealed_after = segments_of(runner.process.pid, background_pid(runtime) or 0, named=SEALED)
         text = runner.finish()
     stop_background_daemon(runtime)
 
@@ -178,6 +186,7 @@ def test_a_restart_keeps_budget_and_pinned_experts_of_a_store_with_slots(runtime
     assert text == undisturbed
     assert (before.n_pinned, before.n_slots, before.memory_nbytes) == (2, after.n_slots, budget_nbytes)
     assert (after.n_pinned, after.memory_nbytes) == (2, budget_nbytes)
+    assert sealed_after == sealed
 
 
 def the_store(runtime: RuntimeDir) -> StoreStatus:

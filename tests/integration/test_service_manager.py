@@ -16,9 +16,10 @@ from protocol.runtime_dir import RuntimeDir
 from protocol.segment import make_segment
 from runner.client import attach
 from runner.config import RunnerConfig
-from tests.support.segments import segments_of
+from tests.support.segments import SEALED, segments_of
 from tests.support.service_manager import FakeManager
-from tests.support.stores import EXPERTS_FILE
+from tests.support.stores import EXPERTS_FILE, dense_damaged
+from tests.support.tiers import load_tiered, memory_for
 from tests.support.waiting import wait_until
 
 NO_AUTOSTART = RunnerConfig(autostart=False)
@@ -56,6 +57,27 @@ def test_a_killed_service_finds_its_stores_with_the_manager(
     assert (held.state, held.path) == (StoreState.READY, str(store))
     if os.geteuid() == 0:
         assert before == after
+
+
+def test_a_killed_service_finds_what_is_sealed_of_a_store_with_slots(
+    manager: FakeManager, runtime: RuntimeDir, store: Path, manifest: Manifest
+) -> None:
+    """On disk the dense weights are damaged when the second one starts: who reads them refuses the store."""
+    with manager.service(runtime) as first:
+        load_tiered(first, store, manifest, n_slots=4, pinned=(ExpertKey(0, 1),))
+        wait_until(lambda: len(manager.kept) == 1 + 1 + 2, "label, catalogue, dense weights and pinned experts")
+        before = segments_of(first.pid, named=SEALED)
+        first.kill()
+
+    with dense_damaged(store, manifest), manager.service(runtime) as second:
+        wait_until(lambda: second.store(manifest.digest).state is not StoreState.LOADING, "the slots")
+        held = second.store(manifest.digest)
+        after = segments_of(second.pid, named=SEALED)
+        wait_until(lambda: len(manager.kept) == 4, "the store to be kept again")
+
+    assert (held.state, held.path, held.n_slots, held.n_pinned) == (StoreState.READY, str(store), 4, 1)
+    assert held.memory_nbytes == memory_for(manifest, 4, (ExpertKey(0, 1),))
+    assert before == after
 
 
 def test_a_store_that_was_loaded_later_is_found_again_with_its_path(

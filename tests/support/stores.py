@@ -4,6 +4,8 @@ import hashlib
 import json
 import random
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,15 @@ def flip_byte(path: Path, offset: int) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 0x40]))
+
+
+@contextmanager
+def dense_damaged(store: Path, manifest: Manifest) -> Iterator[None]:
+    """Damage the store's dense weights on disk meanwhile: a daemon that reads them then refuses the store."""
+    record = next(iter(manifest.dense.values()))
+    flip_byte(store / record.file, record.offset)
+    yield
+    flip_byte(store / record.file, record.offset)
 
 
 def _write_file(folder: Path, name: str, tensors: dict[str, tuple[Part, ...]], rng: random.Random) -> dict[str, Record]:

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from expertd.adoption import adopt
+from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.errors import LoadCancelled, StoreInvalid
-from expertd.loader import Loader, LoaderSettings, LoadProgress
+from expertd.loader import LoadedStore, Loader, LoaderSettings, LoadProgress, SealedPart
 from protocol.catalogue import Catalogue, encode_catalogue
 from protocol.fdpass import close_all
 from protocol.handles import ExpertKey
 from protocol.manifest import Manifest
 from protocol.segment import SegmentBuilder, make_segment
 from tests.support.leaks import Holdings, holdings
-from tests.support.tiers import open_tiered
+from tests.support.tiers import memory_for, open_tiered
 
 KEY = ExpertKey(1, 2)
 
@@ -32,10 +33,13 @@ def nothing_is_left() -> Iterator[Holdings]:
 class Offer:
     """A loaded store's descriptors, to be falsified."""
 
-    def __init__(self, store: Path, manifest: Manifest) -> None:
+    def __init__(self, store: Path, manifest: Manifest, wish: MemoryWish = ALL_THERE_IS) -> None:
         loaded = Loader(LoaderSettings(2, 0.0), lambda: 1 << 60, LoadProgress(), open_tiered).load(
-            store, manifest.digest
+            store, manifest.digest, wish
         )
+        if loaded.tiered is not None:
+            loaded.tiered.stop()
+            loaded.tiered.join(20.0)
         self.catalogue: Catalogue = loaded.catalogue
         self.digest = loaded.digest
         self.fds = loaded.fds
@@ -62,6 +66,7 @@ def test_a_true_store_is_adopted_as_it_is(offer: Offer) -> None:
 
     loaded = adopt(offer.fds, offer.digest, n_threads=2)
 
+    assert isinstance(loaded, LoadedStore)
     assert (loaded.catalogue, loaded.fds, loaded.corrupt) == (offer.catalogue, fds, ())
     assert loaded.nbytes == sum(offer.catalogue.segments_nbytes)
     loaded.close()
@@ -167,6 +172,7 @@ def test_a_trusted_holder_may_lack_experts_and_they_count_as_corrupt(offer: Offe
 
     loaded = adopt(offer.fds, offer.digest, n_threads=2, may_lack_experts=True)
 
+    assert isinstance(loaded, LoadedStore)
     assert loaded.corrupt == (KEY,)
     loaded.close()
 
@@ -174,3 +180,38 @@ def test_a_trusted_holder_may_lack_experts_and_they_count_as_corrupt(offer: Offe
 def test_a_store_that_is_no_longer_wanted_is_let_go(offer: Offer) -> None:
     with pytest.raises(LoadCancelled):
         adopt(offer.fds, offer.digest, n_threads=2, is_wanted=lambda: False)
+
+
+@pytest.fixture
+def with_slots(store: Path, manifest: Manifest) -> Offer:
+    """A store whose dense weights and one expert are sealed, and the others come into slots."""
+    return Offer(store, manifest, MemoryWish(memory_for(manifest, 4, (KEY,)), (KEY,)))
+
+
+@pytest.mark.parametrize("n_sent", [3, 5], ids=["sealed", "all"])
+def test_of_a_store_with_slots_the_sealed_part_is_adopted_as_it_is(with_slots: Offer, n_sent: int) -> None:
+    """The descriptors of slots and of their table may come along; they are closed."""
+    fds = with_slots.fds[:n_sent]
+    close_all(with_slots.fds[n_sent:])
+    sealed = fds[1:3]
+
+    part = adopt(fds, with_slots.digest, n_threads=2)
+
+    assert isinstance(part, SealedPart)
+    assert (part.catalogue, part.fds) == (with_slots.catalogue, sealed)
+    assert part.nbytes == sum(os.fstat(fd).st_size for fd in sealed)
+    part.close()
+
+
+def test_a_sealed_part_with_a_wrong_byte_is_refused(with_slots: Offer) -> None:
+    change_a_byte(with_slots)
+
+    with pytest.raises(StoreInvalid, match="its checksum is wrong"):
+        adopt(with_slots.fds, with_slots.digest, n_threads=2)
+
+
+def test_a_sealed_part_that_is_not_all_there_is_refused(with_slots: Offer) -> None:
+    close_all(with_slots.fds[2:])
+
+    with pytest.raises(StoreInvalid, match="2 segments were promised, 1 came"):
+        adopt(with_slots.fds[:2], with_slots.digest, n_threads=2)

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from expertd.budget import ALL_THERE_IS, RESERVE_NBYTES, MemoryWish
 from expertd.errors import LoadCancelled, StoreInvalid
-from expertd.loader import LoadedStore, Loader, LoaderSettings, LoadProgress
+from expertd.loader import LoadedStore, Loader, LoaderSettings, LoadProgress, SealedPart
 from protocol.catalogue import decode_catalogue
 from protocol.errors import OutOfMemory
 from protocol.handles import ExpertKey
 from protocol.manifest import DENSE_FILE, Manifest
 from protocol.segment import check_segment, map_segment, segment_nbytes
 from tests.support.leaks import holdings
-from tests.support.stores import EXPERTS_FILE, flip_byte
-from tests.support.tiers import open_tiered
+from tests.support.stores import EXPERTS_FILE, dense_damaged, flip_byte
+from tests.support.tiers import memory_for, open_tiered
 
 KEY = ExpertKey(1, 2)
 
@@ -25,8 +26,15 @@ def plenty() -> int:
     return 1 << 40
 
 
-def load(store: Path, digest: str, *, available: Callable[[], int] = plenty) -> LoadedStore:
-    return Loader(LoaderSettings(2, 30.0), available, LoadProgress(), open_tiered).load(store, digest)
+def load(
+    store: Path,
+    digest: str,
+    *,
+    available: Callable[[], int] = plenty,
+    wish: MemoryWish = ALL_THERE_IS,
+    sealed: SealedPart | None = None,
+) -> LoadedStore:
+    return Loader(LoaderSettings(2, 30.0), available, LoadProgress(), open_tiered).load(store, digest, wish, sealed)
 
 
 def loaded_experts(loaded: LoadedStore) -> dict[ExpertKey, bytes]:
@@ -206,3 +214,71 @@ def test_a_file_cut_under_the_load_makes_its_experts_corrupt(store: Path, manife
     assert KEY in gone
     assert set(loaded.corrupt) == gone
     loaded.close()
+
+
+def sealed_part(store: Path, manifest: Manifest, wish: MemoryWish) -> SealedPart:
+    """Return what is sealed of a store with slots, as somebody else has it."""
+    loaded = load(store, manifest.digest, wish=wish)
+    fds = [os.dup(fd) for fd in loaded.sealed_fds[1:]]
+    let_go(loaded)
+    return SealedPart(loaded.catalogue, fds)
+
+
+def let_go(loaded: LoadedStore) -> None:
+    loaded.close()
+    assert loaded.tiered is not None
+    loaded.tiered.stop()
+    loaded.tiered.join(20.0)
+
+
+def inodes(fds: list[int]) -> list[int]:
+    return [os.fstat(fd).st_ino for fd in fds]
+
+
+def test_a_load_goes_on_from_a_sealed_part_and_makes_slots(store: Path, manifest: Manifest) -> None:
+    """What is sealed is not read: on disk it is damaged. There may be more slots than there were."""
+    before = holdings()
+    sealed = sealed_part(store, manifest, MemoryWish(memory_for(manifest, 4, (KEY,)), (KEY,)))
+    expected = inodes(sealed.fds)
+    with dense_damaged(store, manifest):
+        loaded = load(store, manifest.digest, wish=MemoryWish(memory_for(manifest, 5, (KEY,)), (KEY,)), sealed=sealed)
+
+    found, area = inodes(loaded.fds[1:3]), loaded.catalogue.slots
+    let_go(loaded)
+
+    assert found == expected
+    assert area is not None
+    assert area.n_slots == 5
+    assert holdings().beyond(before) == []
+
+
+def test_a_sealed_part_does_not_count_as_memory_that_is_still_to_be_had(store: Path, manifest: Manifest) -> None:
+    wish = MemoryWish(memory_for(manifest, 4))
+    sealed = sealed_part(store, manifest, wish)
+    available = RESERVE_NBYTES + memory_for(manifest, 4) - sealed.nbytes
+
+    loaded = load(store, manifest.digest, wish=wish, sealed=sealed, available=lambda: available)
+
+    assert loaded.tiered is not None
+    let_go(loaded)
+
+
+def test_a_sealed_part_of_other_pinned_experts_is_let_go_and_the_store_read(store: Path, manifest: Manifest) -> None:
+    sealed = sealed_part(store, manifest, MemoryWish(memory_for(manifest, 4, (KEY,)), (KEY,)))
+    others = inodes(sealed.fds)
+
+    loaded = load(store, manifest.digest, wish=MemoryWish(memory_for(manifest, 4)), sealed=sealed)
+
+    found = inodes(loaded.fds)
+    let_go(loaded)
+    assert sealed.fds == []
+    assert not set(found) & set(others)
+
+
+def test_a_failed_load_lets_a_sealed_part_go(store: Path, manifest: Manifest) -> None:
+    sealed = sealed_part(store, manifest, MemoryWish(memory_for(manifest, 4)))
+
+    with pytest.raises(OutOfMemory):
+        load(store, manifest.digest, sealed=sealed, available=lambda: 0)
+
+    assert sealed.fds == []

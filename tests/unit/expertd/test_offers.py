@@ -1,20 +1,24 @@
 """Offers and loads of one store side by side: whoever is first, nothing is served twice and nothing is left."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from expertd.loader import LoadedStore, LoadProgress
+from expertd.budget import ALL_THERE_IS, MemoryWish
+from expertd.loader import LoadedStore, LoadProgress, SealedPart
 from expertd.offers import Adoption, Offers
 from expertd.sessions import Session, SessionTable
 from expertd.stores import HeldStore, StoreTable
 from protocol import messages as m
-from protocol.catalogue import plan_catalogue
+from protocol.catalogue import plan_catalogue, plan_tiered_catalogue
 from protocol.fdpass import Credentials
+from protocol.handles import ExpertKey
 from protocol.manifest import Manifest
 from protocol.messages import Code, Refused, StoreState
 
 DIGEST, OTHER = "a" * 64, "b" * 64
+PINNED = (ExpertKey(0, 1), ExpertKey(1, 0))
 
 
 class Desk:
@@ -39,8 +43,11 @@ class Desk:
         catalogue = plan_catalogue(self._manifest)
         return LoadedStore(catalogue, DIGEST, 1, 0.0, 0, ())
 
-    def read(self) -> HeldStore:
-        store = self.stores.begin(DIGEST, Path("/store"))
+    def sealed(self) -> SealedPart:
+        return SealedPart(plan_tiered_catalogue(self._manifest, PINNED, 4), [os.open(os.devnull, os.O_RDONLY)])
+
+    def read(self, wish: MemoryWish = ALL_THERE_IS) -> HeldStore:
+        store = self.stores.begin(DIGEST, Path("/store"), wish)
         store.is_read = True
         return store
 
@@ -156,3 +163,79 @@ def test_an_attached_session_offers_nothing(desk: Desk) -> None:
     desk.session.store = HeldStore(OTHER, Path("/other"), progress=LoadProgress())
 
     assert code_of(desk.offer()) is Code.ALREADY_ATTACHED
+
+
+def test_a_sealed_part_begins_one_load_that_holds_the_store_as_it_was(desk: Desk) -> None:
+    adoption = desk.adoption()
+
+    answer = desk.offers.taken_in_part(adoption, desk.sealed())
+    begins = [desk.offers.begin_load(adoption.store) for _ in range(2)]
+    sealed = adoption.store.begin()
+
+    assert code_of(answer) is Code.STORE_LOADING
+    assert begins == [True, False]
+    assert adoption.store.wish == MemoryWish(None, PINNED)
+    assert sealed is not None
+    sealed.close()
+
+
+def test_a_load_that_waits_goes_on_from_a_sealed_part_in_the_way_it_was_ordered(desk: Desk) -> None:
+    store = desk.read(MemoryWish(1000))
+
+    desk.offers.taken_in_part(desk.adoption(), desk.sealed())
+
+    assert not desk.offers.begin_load(store)
+    assert store.wish == MemoryWish(1000)
+    assert store.sealed is not None
+    store.close()
+
+
+def test_a_sealed_part_is_let_go_when_the_load_has_begun_without_it(desk: Desk) -> None:
+    store = desk.read()
+    adoption, sealed = desk.adoption(), desk.sealed()
+    store.begin()
+
+    answer = desk.offers.taken_in_part(adoption, sealed)
+
+    assert code_of(answer) is Code.STORE_LOADING
+    assert (store.sealed, sealed.fds) == (None, [])
+
+
+def test_a_sealed_part_of_a_store_that_was_unloaded_meanwhile_is_let_go(desk: Desk) -> None:
+    adoption, sealed = desk.adoption(), desk.sealed()
+    desk.stores.unload(adoption.store, is_mapped=False)
+
+    answer = desk.offers.taken_in_part(adoption, sealed)
+
+    assert code_of(answer) is Code.UNKNOWN_STORE
+    assert sealed.fds == []
+
+
+def test_unloading_lets_a_sealed_part_go_that_no_load_has_taken(desk: Desk) -> None:
+    adoption, sealed = desk.adoption(), desk.sealed()
+    desk.offers.taken_in_part(adoption, sealed)
+
+    desk.stores.unload(adoption.store, is_mapped=False)
+
+    assert sealed.fds == []
+
+
+def test_a_second_offer_is_not_needed_beside_a_sealed_part(desk: Desk) -> None:
+    adoption, sealed = desk.adoption(), desk.sealed()
+    desk.offers.taken_in_part(adoption, sealed)
+    other = desk.sessions.open(Credentials(4243, 0), 0.0)
+
+    assert code_of(desk.offer(session=other)) is Code.STORE_LOADING
+    sealed.close()
+
+
+def test_all_of_a_store_is_not_taken_for_a_load_that_may_have_less(desk: Desk) -> None:
+    store = desk.read(MemoryWish(0))
+    loaded = desk.loaded()
+
+    answer = desk.offers.taken(desk.adoption(), loaded)
+
+    assert code_of(answer) is Code.STORE_LOADING
+    assert not store.awaits_offers
+    assert store.state is StoreState.LOADING
+    assert not store.progress.cancelled

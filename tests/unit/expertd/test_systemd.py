@@ -72,6 +72,16 @@ def test_a_store_is_whole_whatever_the_order_of_its_descriptors() -> None:
     close_all(store.fds)
 
 
+def test_a_label_may_say_how_much_memory_the_store_may_take() -> None:
+    label, catalogue = (make_segment("expertd-test", data) for data in (b"/models/demo\x00123456", b"c"))
+    kept = ((_name("label"), label), (_name("0"), catalogue))
+
+    (store,) = ServiceManager(ManagerEnvironment(kept=kept)).take_kept()
+
+    assert (store.path, store.memory_nbytes) == (Path("/models/demo"), 123456)
+    close_all(store.fds)
+
+
 @pytest.mark.parametrize(
     "names", [("label",), ("0", "1"), ("label", "1"), ("label", "0", "2"), ("other", "0"), ("label", "label", "1")]
 )
@@ -84,7 +94,7 @@ def test_what_is_no_whole_store_is_closed(names: tuple[str, ...]) -> None:
     assert not any(_is_open(fd) for _, fd in kept)
 
 
-@pytest.mark.parametrize("label", [b"relative", b"x" * 2000])
+@pytest.mark.parametrize("label", [b"relative", b"x" * 2000, b"/models/demo\0", b"/models/demo\0-5", b"\0" + b"5"])
 def test_a_label_that_is_no_path_makes_no_store(label: bytes) -> None:
     kept = ((_name("label"), make_segment("expertd-test", label)), (_name("0"), make_segment("expertd-test", b"c")))
 
