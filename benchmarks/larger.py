@@ -2,8 +2,9 @@
 
 Each program is first measured without a limit, ours with the slots that it will have. What it then holds beside the
 model's weights (its own memory, and a little for what differs from run to run, alike for both), its dense weights and
-half the bytes of its experts are the limit of its control group; on our side daemon and runner share one. Every run starts with nothing of the model in the page cache. Rounds
-interleave the programs. Perplexities beside each other show that both computed one model on one text.
+half the bytes of its experts are the limit of its control group; on our side daemon and runner share one. Every run
+starts with nothing of the model in the page cache. Rounds interleave the programs. Perplexities beside each other show
+that both computed one model on one text.
 """
 
 import json
