@@ -132,11 +132,11 @@ class DemandTable:
                         del demand.requests[request_id]
         return ended
 
-    def withdraw(self, demand: SessionDemand, key: ExpertKey, now: float) -> None:
-        """Note that one session does not wait for an expert any more."""
+    def withdraw(self, demand: SessionDemand, key: ExpertKey, now: float) -> bool:
+        """Note that one session does not wait for an expert any more; return whether it did."""
         waiting = self.awaiting.get(key, {})
         if waiting.pop(demand.session, None) is None:
-            return
+            return False
         if not waiting:
             del self.awaiting[key]
         self._no_longer_wanted(demand, key)
@@ -145,6 +145,7 @@ class DemandTable:
             pending.discard(key)
             if not pending:
                 del demand.requests[request_id]
+        return True
 
     def forget_request(
         self, demand: SessionDemand, request_id: int, now: float, keeping: Iterable[ExpertKey] = ()
@@ -197,12 +198,14 @@ class DemandTable:
             del self._hinting[demand.session]
         return None
 
-    def begin_hint(self, key: ExpertKey) -> None:
-        """Note that the foreseen expert that was next is being read."""
+    def begin_hint(self, key: ExpertKey) -> set[int]:
+        """Note that the foreseen expert that was next is being read; return the sessions that foresaw it."""
         self._n_turns += 1
         self._next_hinting().hint_turn = self._n_turns
-        for demand in self._hinting.values():
-            demand.hints.pop(key, None)
+        foreseeing = {demand.session for demand in self._hinting.values() if key in demand.hints}
+        for session in foreseeing:
+            del self._hinting[session].hints[key]
+        return foreseeing
 
     def _next_hinting(self) -> SessionDemand:
         return min(self._hinting.values(), key=lambda demand: demand.hint_turn)

@@ -8,10 +8,11 @@ sockets, files, threads nor bytes. Its rules:
 - A slot that is leased or being read is not evicted. Leases of a session that fell silent can be taken; and when
   experts are waited for, no slot can be had and nothing is being read for STARVED_S, the oldest lease is taken: so
   sessions that hold slots and wait for more can never block each other for good.
-- A hint takes no lease. It is read only while fewer reads are under way than keep the disk busy.
+- A hint takes no lease. It is read only while fewer reads are under way than keep the disk busy, and only as long as
+  some session still foresees it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class ReadOutcome(StrEnum):
     WHOLE = "whole"
     CORRUPT = "corrupt"
     FAILED = "failed"
+    DROPPED = "dropped"  # nobody foresaw it any more
 
 
 # Made several times for a request, hence tuples: a frozen record costs several times as much.
@@ -53,10 +55,11 @@ class Grant(NamedTuple):
 
 @dataclass(slots=True)
 class Actions:
-    """What is to be done: reads begun, reads that somebody waits for by now, answers."""
+    """What is to be done: reads begun, reads that somebody waits for by now or nobody foresees any more, answers."""
 
     reads: list[SlotRead] = field(default_factory=list)
     hastened: list[ExpertKey] = field(default_factory=list)
+    abandoned: list[ExpertKey] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
 
     def grant(self, grant: Grant) -> None:
@@ -71,9 +74,10 @@ class Actions:
 
 @dataclass(slots=True)
 class _Reading:
-    """A read under way, and the session in whose turn it was begun, None for a hint."""
+    """A read under way, and the session in whose turn it was begun, None for a hint: of whom that is."""
 
     taker: SessionDemand | None
+    foreseen_by: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,20 +137,24 @@ class HostSlots:
         """Take leases back, and count the experts as used; what is still waited for is no longer."""
         demand = self._seen(session, now)
         for key in keys:
-            self._demand.withdraw(demand, key, now)
-            slot = self._pool.find(key)
-            if slot is None or not slot.is_ready or self._pool.give_back(key, session):
+            if self._demand.withdraw(demand, key, now) or self._pool.give_back(key, session):
                 continue
-            self._pool.touch(slot)
-            self._count_hit(demand, slot)
+            slot = self._pool.find(key)
+            if slot is not None:  # or it has been read, which we are about to hear
+                self._pool.touch(slot)
+                self._count_hit(demand, slot)
         return self._started()
 
     def prefetch(self, session: int, keys: Iterable[ExpertKey], deadline: float, now: float) -> Actions:
         """Have experts read that may be needed until then; they replace what this session foresaw before."""
         demand = self._seen(session, now)
-        absent = [key for key in keys if not self._needs_no_hint(key)]
+        foreseen = list(keys)
+        absent = [key for key in foreseen if not self._needs_no_hint(key)]
         self._demand.hint(demand, absent, deadline)
-        return self._started()
+        actions = Actions()
+        self._foresees_only(session, foreseen, actions)
+        self._start_reads(actions)
+        return actions
 
     def seen(self, session: int, now: float) -> None:
         """Note that a session lives."""
@@ -168,19 +176,15 @@ class HostSlots:
         for key in self._pool.leased_keys(session):
             self._pool.give_back(key, session)
         self._demand.close(session, now)
-        return self._started()
+        actions = Actions()
+        self._foresees_only(session, (), actions)
+        self._start_reads(actions)
+        return actions
 
     def tick(self, now: float) -> Actions:
         """Let time pass: hints grow old, leases of silent sessions can be taken."""
         self._now = now
         return self._started()
-
-    def slot_of(self, key: ExpertKey) -> int:
-        """Return the slot that an expert is being read into."""
-        slot = self._pool.find(key)
-        if slot is None:
-            raise KeyError(f"{key} was read into no slot")
-        return slot.number
 
     # --- figures --------------------------------------------------------------------------------------------------
 
@@ -266,6 +270,18 @@ class HostSlots:
         if hint is not None:
             hint.counters.n_late += 1
 
+    def _foresees_only(self, session: int, keys: Collection[ExpertKey], actions: Actions) -> None:
+        """Note what a session foresees by now of what is being read on hints; what nobody does is given up."""
+        for key, reading in self._reading.items():
+            if reading.taker is not None:
+                continue
+            if key in keys:
+                reading.foreseen_by.add(session)
+            elif session in reading.foreseen_by:
+                reading.foreseen_by.discard(session)
+                if not reading.foreseen_by:
+                    actions.abandoned.append(key)
+
     def _read_ended(self, key: ExpertKey, outcome: ReadOutcome, nbytes: int, actions: Actions) -> None:
         reading = self._reading.pop(key)
         slot = self._pool.find(key)
@@ -276,6 +292,9 @@ class HostSlots:
             reading.taker.n_reading -= 1
             reading.taker.read_nbytes += nbytes
         self.read_nbytes += nbytes
+        if outcome is ReadOutcome.DROPPED:
+            self._dropped(key, slot)
+            return
         waiting = self._demand.end(key, self._now)
         if outcome is ReadOutcome.WHOLE:
             self.n_loads += 1
@@ -290,6 +309,15 @@ class HostSlots:
         refused = () if outcome is ReadOutcome.WHOLE else ((key, outcome),)
         for demand, request_id, n_awaited in waiting:
             actions.grant(Grant(demand.session, request_id, granted, refused, n_awaited))
+
+    def _dropped(self, key: ExpertKey, slot: Slot) -> None:
+        """Nobody foresaw an expert any more; but somebody may wait for it meanwhile."""
+        hint = self._pool.use(slot)
+        if hint is not None:
+            hint.counters.n_dropped += 1
+        self._pool.clear(slot)
+        for demand in self._demand.awaiting.get(key, {}).values():
+            self._demand.want(demand, key)
 
     def _start_reads(self, actions: Actions) -> None:
         if not self._demand.is_wanting and not self._demand.is_hinting:
@@ -349,6 +377,5 @@ class HostSlots:
             slot = self._pool.take_for_hint(key, hint, self._now)
             if slot is None:
                 return
-            self._demand.begin_hint(key)
-            self._reading[key] = _Reading(None)
+            self._reading[key] = _Reading(None, self._demand.begin_hint(key))
             actions.reads.append(SlotRead(key, slot.number, is_awaited=False))

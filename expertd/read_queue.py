@@ -1,7 +1,8 @@
 """Which piece of which record is read next, and how fast at most. Pure: knows neither files nor threads.
 
 A record is read in pieces, by several threads at once, so that the disk has enough to do and nobody waits behind the
-whole of a record that was only foreseen: pieces of what is waited for go first, record by record.
+whole of a record that was only foreseen: pieces of what is waited for go first, record by record; and of what nobody
+foresees any more no further piece is read.
 """
 
 from collections import OrderedDict
@@ -16,17 +17,35 @@ PIECE_NBYTES = 4 << 20
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One record on its way into a slot; the memory is the slot's."""
+    """One record on its way into a slot since `asked_at`; the memory is the slot's."""
 
     key: ExpertKey
     record: Record
+    slot: int
     target: memoryview
     checksum: Checksum
+    asked_at: float
     n_begun: int = 0
     ended: set[int] = field(default_factory=set)
     n_checked: int = 0  # pieces whose bytes have gone into the checksum, in order
     is_being_checked: bool = False
     error: OSError | None = None
+    is_abandoned: bool = False
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether no further piece is read, though some are missing."""
+        return self.is_abandoned or self.error is not None
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether no piece is being read."""
+        return len(self.ended) == self.n_begun
+
+    @property
+    def ended_nbytes(self) -> int:
+        """How many bytes the pieces have that have ended."""
+        return sum(stop - start for start, stop in map(self.span, self.ended))
 
     @property
     def n_pieces(self) -> int:
@@ -78,6 +97,13 @@ class ReadQueue:
                 return piece
         return None
 
+    def abandon(self, key: ExpertKey) -> Job | None:
+        """Begin no further piece of a record that nobody waits for; return it if there was one to begin."""
+        job = self._foreseen.pop(key, None)
+        if job is not None:
+            job.is_abandoned = True
+        return job
+
     def drop(self, job: Job) -> None:
         """Begin no further piece of a record."""
         for jobs in (self._awaited, self._foreseen):
@@ -106,7 +132,10 @@ class ReadLimit:
         """Return how long the disk is still busy."""
         return max(0.0, self._free_at - now)
 
-    def take(self, nbytes: int, now: float) -> float:
-        """Return when so many bytes are there if they are asked for now."""
-        self._free_at = max(self._free_at, now) + nbytes / self._nbytes_per_s
+    def take(self, nbytes: int, asked_at: float) -> float:
+        """Return when so many bytes are there that were asked for then.
+
+        Not from now on: a thread that was woken late does not make the disk slower.
+        """
+        self._free_at = max(self._free_at, asked_at) + nbytes / self._nbytes_per_s
         return self._free_at

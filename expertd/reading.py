@@ -21,11 +21,16 @@ from protocol.manifest import Record
 logger = logging.getLogger(__name__)
 
 
+# The kernel may wake a sleeper so much later than he asked for, and mostly does.
+_TIMER_SLACK_S = 50e-6
+
+
 @dataclass(frozen=True, slots=True)
 class ReadEnd:
-    """What came of reading one expert, and how many bytes of it were read."""
+    """What came of reading one expert into a slot, and how many bytes of it were read."""
 
     key: ExpertKey
+    slot: int
     outcome: ReadOutcome
     nbytes: int
 
@@ -33,7 +38,8 @@ class ReadEnd:
 class RecordReader:
     """The reader threads of one store. Owns its files; every method but `join` returns at once.
 
-    `on_end` is called from a reader thread, after the last byte and before anybody else touches the slot.
+    `on_end` is called after the last byte and before anybody else touches the slot, from a reader thread, or from the
+    caller's of `abandon`.
     `on_stopped` is called from the last thread, when no slot will be written any more; `on_failure` when one of them
     has failed by a fault of ours.
     """
@@ -64,9 +70,9 @@ class RecordReader:
         for thread in self._threads:
             thread.start()
 
-    def read(self, key: ExpertKey, record: Record, target: memoryview, *, is_awaited: bool) -> None:
-        """Have an expert read into a slot."""
-        job = Job(key, record, target, Checksum())
+    def read(self, key: ExpertKey, record: Record, slot: int, target: memoryview, *, is_awaited: bool) -> None:
+        """Have an expert read into a slot, whose memory the target is."""
+        job = Job(key, record, slot, target, Checksum(), time.monotonic())
         with self._changed:
             self._queue.put(job, is_awaited=is_awaited)
             self._changed.notify(job.n_pieces)
@@ -75,6 +81,14 @@ class RecordReader:
         """Have an expert read before what nobody waits for."""
         with self._changed:
             self._queue.hasten(key)
+
+    def abandon(self, key: ExpertKey) -> None:
+        """Read no further piece of an expert that nobody waits for; one that is all begun is read to its end."""
+        with self._changed:
+            job = self._queue.abandon(key)
+            if job is None or not job.is_at_rest or job.is_being_checked:
+                return  # whoever reads or checks a piece of it ends it
+        self._end(job, ReadOutcome.DROPPED)
 
     def stop(self) -> None:
         """Read nothing more; what is being read ends unsaid."""
@@ -118,7 +132,7 @@ class RecordReader:
                 piece = self._queue.next() if not wait_s else None
                 if piece is not None:
                     start, stop = piece.job.span(piece.number)
-                    return piece, self._limit.take(stop - start, now) if self._limit else now
+                    return piece, self._limit.take(stop - start, piece.job.asked_at) if self._limit else now
                 self._changed.wait(wait_s if wait_s and self._queue else None)
         return None
 
@@ -130,8 +144,8 @@ class RecordReader:
             self._files.read_piece(job.record, start, job.target[start:stop])
         except OSError as error:
             job.error = error
-        if self._limit:
-            self._stopping.wait(max(0.0, ready_at - time.monotonic()))
+        if self._limit and (wait_s := ready_at - time.monotonic() - _TIMER_SLACK_S) > 0.0:
+            self._stopping.wait(wait_s)
         self._advance(piece)
 
     def _advance(self, piece: Piece) -> None:
@@ -150,8 +164,8 @@ class RecordReader:
         """Add to the checksum all pieces that follow on each other; one thread at a time for each record."""
         while job.n_checked < job.n_pieces:
             with self._changed:
-                if job.error is not None or job.n_checked not in job.ended:
-                    is_over = job.error is not None and len(job.ended) == job.n_begun
+                if job.is_cut_short or job.n_checked not in job.ended:
+                    is_over = job.is_cut_short and job.is_at_rest
                     job.is_being_checked = is_over
                     break
             start, stop = job.span(job.n_checked)
@@ -161,7 +175,7 @@ class RecordReader:
             self._end(job, self._verdict(job))
             return
         if is_over:
-            self._end(job, ReadOutcome.FAILED)
+            self._end(job, ReadOutcome.DROPPED if job.error is None else ReadOutcome.FAILED)
 
     def _verdict(self, job: Job) -> ReadOutcome:
         if job.checksum.hexdigest() == job.record.xxh3_128:
@@ -177,7 +191,8 @@ class RecordReader:
     def _end(self, job: Job, outcome: ReadOutcome) -> None:
         reached(FaultPoint.DAEMON_SLOT_FILLED)
         self._files.forget_cached(job.record)
-        if outcome is not ReadOutcome.WHOLE:
+        if outcome in {ReadOutcome.CORRUPT, ReadOutcome.FAILED}:
             logger.error("expert not read key=%s outcome=%s error=%s", job.key, outcome, job.error)
         if not self._stopping.is_set():
-            self._on_end(ReadEnd(job.key, outcome, job.record.nbytes if outcome is ReadOutcome.WHOLE else 0))
+            is_counted = outcome in {ReadOutcome.WHOLE, ReadOutcome.DROPPED}
+            self._on_end(ReadEnd(job.key, job.slot, outcome, job.ended_nbytes if is_counted else 0))

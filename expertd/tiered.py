@@ -1,7 +1,8 @@
 """A store that is larger than its memory, at work: what `HostSlots` decides is carried out here.
 
-Called under the service's lock, from the request thread and the control thread; never waits. Reader threads leave what
-came of their work in `_ended` and wake the request thread, which calls `collect`.
+Called under the service's lock, from the request thread and the control thread; never waits. Reader threads say in the
+slot table what they have read, so that whoever waits for it goes on at once; then they leave what came of their work in
+`_ended` and wake the request thread, which calls `collect`.
 """
 
 import logging
@@ -117,9 +118,6 @@ class TieredStore:
             ended.append(self._ended.popleft())
         if not ended:
             return self._carry_out(self._slots.tick(now)) if self._is_due(now) else []
-        for end in ended:
-            if end.outcome is ReadOutcome.WHOLE:
-                self._memory.publish(self._slots.slot_of(end.key), end.key)
         return self._carry_out(self._slots.reads_ended([(e.key, e.outcome, e.nbytes) for e in ended], now))
 
     # --- figures --------------------------------------------------------------------------------------------------
@@ -156,7 +154,9 @@ class TieredStore:
     # --- private --------------------------------------------------------------------------------------------------
 
     def _on_read_end(self, end: ReadEnd) -> None:
-        """Called in a reader thread."""
+        """Called in a reader thread, or where a read is given up."""
+        if end.outcome is ReadOutcome.WHOLE:
+            self._memory.publish(end.slot, end.key)
         self._ended.append(end)
         self._wake()
 
@@ -169,9 +169,11 @@ class TieredStore:
         for read in actions.reads:
             record = self._catalogue.manifest.experts[read.key]
             target = self._memory.begin(read.slot, record.nbytes)
-            self._reader.read(read.key, record, target, is_awaited=read.is_awaited)
+            self._reader.read(read.key, record, read.slot, target, is_awaited=read.is_awaited)
         for key in actions.hastened:
             self._reader.hasten(key)
+        for key in actions.abandoned:
+            self._reader.abandon(key)
         return replies
 
     def _replies(self, grant: Grant, pinned: tuple[ExpertHandle, ...]) -> list[TieredReply]:

@@ -15,6 +15,7 @@ import itertools
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -126,6 +127,7 @@ def _pass() -> None:
         case FaultAction.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         case FaultAction.STOP:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread, which goes no step further then; one to the process may be taken by another one, later.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         case FaultAction.FAIL:
             raise OSError(errno.EIO, f"fault point {_armed.point}")

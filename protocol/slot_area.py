@@ -10,6 +10,8 @@ from protocol.layout import PAGE_NBYTES, aligned
 
 # What the table says of a slot: its generation, and the layer and number of its expert.
 SLOT_ENTRY_NBYTES: Final = 16
+# Behind the last entry: how often a slot was filled, which is the word of a bell.
+BELL_NBYTES: Final = 4
 
 
 def least_slots(top_k: int, n_experts: int) -> int:
@@ -20,9 +22,14 @@ def least_slots(top_k: int, n_experts: int) -> int:
     return min(2 * top_k, n_experts)
 
 
+def slot_table_nbytes(n_slots: int) -> int:
+    """Return what the table of that many slots takes."""
+    return aligned(n_slots * SLOT_ENTRY_NBYTES + BELL_NBYTES, PAGE_NBYTES)
+
+
 def slot_area_nbytes(n_slots: int, slot_nbytes: int) -> int:
     """Return what that many slots and their table take."""
-    return n_slots * slot_nbytes + aligned(n_slots * SLOT_ENTRY_NBYTES, PAGE_NBYTES)
+    return n_slots * slot_nbytes + slot_table_nbytes(n_slots)
 
 
 def slots_within(nbytes: int, slot_nbytes: int) -> int:

@@ -3,7 +3,7 @@
 A slot is memory for one record, filled again and again. Its entry in the table is two words, little endian: a
 generation (0: never filled; odd: being written; even: holds the expert named beside it) and the expert's key. The
 daemon makes the generation odd before the first byte changes, and even, one higher, when the last one is there and
-checked.
+checked; then it rings the bell behind the last entry, for those who wait for an expert.
 
 Nothing is locked: whoever computes from a slot looks at the entry before, and again after; if it is not the same, what
 was computed is thrown away. The second look is the one that counts, so it compares generation and key.
@@ -11,10 +11,11 @@ was computed is thrown away. The second look is the one that counts, so it compa
 
 from dataclasses import dataclass
 
+from protocol.bell import Bell, BellRinger
 from protocol.errors import SegmentError
 from protocol.handles import ExpertHandle, ExpertKey
-from protocol.layout import PAGE_NBYTES, SEGMENT_NBYTES_MAX, aligned
-from protocol.slot_area import SLOT_ENTRY_NBYTES
+from protocol.layout import SEGMENT_NBYTES_MAX
+from protocol.slot_area import BELL_NBYTES, SLOT_ENTRY_NBYTES, slot_table_nbytes
 
 SLOTS_MAX = 1 << 20
 _WORDS_PER_ENTRY = 2
@@ -40,7 +41,7 @@ class SlotArea:
     @property
     def table_nbytes(self) -> int:
         """The size of the table's segment."""
-        return aligned(self.n_slots * SLOT_ENTRY_NBYTES, PAGE_NBYTES)
+        return slot_table_nbytes(self.n_slots)
 
     def segments_nbytes(self) -> list[int]:
         """Return the sizes of the slots' segments."""
@@ -84,6 +85,7 @@ class SlotTable:
     def __init__(self, view: memoryview, n_slots: int) -> None:
         self._words = view[: n_slots * SLOT_ENTRY_NBYTES].cast("Q")
         self._keys = self._words[1::_WORDS_PER_ENTRY]
+        self.bell = Bell(_bell(view, n_slots))
 
     def find(self, key: ExpertKey) -> SlotEntry | None:
         """Return which slot holds an expert just now, None if none does."""
@@ -112,10 +114,11 @@ class SlotTable:
 
 
 class SlotTableWriter:
-    """The daemon's side of the table. Not for several threads at once."""
+    """The daemon's side of the table. Several threads may write, each to another slot."""
 
     def __init__(self, view: memoryview, n_slots: int) -> None:
         self._words = view[: n_slots * SLOT_ENTRY_NBYTES].cast("Q")
+        self._bell = BellRinger(_bell(view, n_slots))
 
     def generation(self, slot: int) -> int:
         """Return the generation of a slot."""
@@ -126,15 +129,22 @@ class SlotTableWriter:
         self._words[slot * _WORDS_PER_ENTRY] |= 1
 
     def publish(self, slot: int, key: ExpertKey) -> int:
-        """Say that a slot holds that expert, whole and checked; return its generation."""
+        """Say that a slot holds that expert, whole and checked, and wake who waits; return its generation."""
         index = slot * _WORDS_PER_ENTRY
         self._words[index + 1] = _word(key)
         self._words[index] += 1
+        self._bell.ring()
         return self._words[index]
 
     def release(self) -> None:
         """Let go of the memory, before it is unmapped."""
         self._words.release()
+        self._bell.release()
+
+
+def _bell(view: memoryview, n_slots: int) -> memoryview:
+    start = n_slots * SLOT_ENTRY_NBYTES
+    return view[start : start + BELL_NBYTES]
 
 
 def _word(key: ExpertKey) -> int:

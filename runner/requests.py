@@ -1,7 +1,7 @@
 """The request channel as a runner has it: a ZeroMQ DEALER, and the runner's one door to ZeroMQ.
 
 Messages may be lost, in either direction: whoever asks asks again. That the session is gone is seen on its control
-connection, which is watched while an answer is waited for. Who blocks whom: `receive` blocks its caller, `send` nobody;
+connection, which is watched while an answer is waited for. Who blocks whom: `wait` blocks its caller, `send` nobody;
 what does not fit into the queue is lost.
 """
 
@@ -12,6 +12,7 @@ from typing import Self
 
 import zmq
 
+from protocol.bell import Bell
 from protocol.codec import decode, encode
 from protocol.control_client import ControlClient
 from protocol.errors import MalformedMessage
@@ -21,6 +22,8 @@ from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
 from runner.errors import SessionGone, StoreUnavailable
 
 _QUEUE_LENGTH = 256
+# Who waits at a bell looks so often whether there is a message, or the session is gone.
+_LOOK_S = 5e-3
 
 
 class Requests:
@@ -67,18 +70,33 @@ class Requests:
         except zmq.Again:
             return
 
-    def receive(self, timeout_s: float) -> Message | None:
-        """Return the next message, None if none comes in time; raise SessionGone or StoreUnavailable."""
+    def receive(self) -> Message | None:
+        """Return the next message, None if there is none yet; raise StoreUnavailable."""
+        try:
+            return _decoded(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def wait(self, bell: Bell, n_rings: int, timeout_s: float) -> bool:
+        """Wait for a message, or until the bell was rung more often than that; return False if nothing came in time.
+
+        Raise SessionGone.
+        """
         end_s = time.monotonic() + timeout_s
         while True:
-            ready = dict(self._poller.poll(math.ceil(max(0.0, timeout_s) * 1e3)))
+            left_s = max(0.0, end_s - time.monotonic())
+            if bell.can_be_waited_at:
+                if bell.wait(n_rings, min(left_s, _LOOK_S)):
+                    return True
+                ready = dict(self._poller.poll(0))
+            else:
+                ready = dict(self._poller.poll(math.ceil(left_s * 1e3)))
             if self._socket in ready:
-                return _decoded(self._socket.recv(zmq.NOBLOCK))
-            if timeout_s > 0.0 and self._control.fileno() in ready and not self._control.is_open():
+                return True
+            if self._control.fileno() in ready and not self._control.is_open():
                 raise SessionGone("the session with expertd has ended")
-            timeout_s = end_s - time.monotonic()
-            if timeout_s <= 0.0:
-                return None
+            if not left_s:
+                return False
 
 
 def _decoded(data: bytes) -> Message:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Protocol
 
+from protocol.bell import Bell
 from protocol.handles import ExpertHandle, ExpertKey
 from protocol.manifest import Manifest
 from protocol.messages import Message
@@ -84,6 +85,13 @@ class RequestChannel(Protocol):
         """Send a message, which may be lost; raise SessionGone."""
         ...
 
-    def receive(self, timeout_s: float) -> Message | None:
-        """Return the next message of the daemon, None if none comes in time; raise SessionGone."""
+    def receive(self) -> Message | None:
+        """Return the next message of the daemon, None if there is none yet; raise SessionGone."""
+        ...
+
+    def wait(self, bell: Bell, n_rings: int, timeout_s: float) -> bool:
+        """Wait for a message, or until the bell was rung more often than that; return False if nothing came in time.
+
+        Raise SessionGone or StoreUnavailable.
+        """
         ...

@@ -4,11 +4,13 @@ Owns the account of one session's demands. Knows no slots' contents and no compu
 thread; nothing waits for it: an expert that was computed is given back before another one is waited for, so that
 runners that share few slots never wait for each other in a circle.
 
-Every message may be lost, and is asked again then; an answer that nobody waits for any more is given back.
+What was demanded has come as soon as the slots say so (`found`), which is sooner than the daemon's answer. Every message
+may be lost, and is asked again then; an answer that nobody waits for any more is given back.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from protocol.bell import Bell
 from protocol.fault_points import FaultPoint, reached
 from protocol.handles import ExpertHandle, ExpertKey
 from protocol.messages import Acquire, Code, GetStats, Granted, Message, Prefetch, Refused, Release, RequestRefusal
@@ -27,23 +29,31 @@ _READS_MAX = 3
 class Leases:
     """The demands of one session. Called from the model's one thread."""
 
-    def __init__(self, requests: RequestChannel, n_slots: int) -> None:
+    def __init__(self, requests: RequestChannel, n_slots: int, clock: Callable[[], float]) -> None:
         self._requests = requests
+        self._clock = clock
         # Others want slots too, and what this runner has in others is to stay there.
         self._n_awaited_max = max(1, min(n_slots // 2, KEYS_MAX // 2))
         self._request_id = 0
         self._to_ask: dict[ExpertKey, None] = {}
         self._awaited: dict[ExpertKey, None] = {}
         self._held: set[ExpertKey] = set()
+        self._found: set[ExpertKey] = set()  # before the daemon said so
         self._lent: set[ExpertKey] = set()  # asked for though it is there: it is to stay
         self._used: dict[ExpertKey, None] = {}  # since the last release, the latest last
         self._n_refused: dict[ExpertKey, int] = {}
         self._n_unanswered = 0
+        self._ask_again_at = 0.0
 
     @property
     def are_all_there(self) -> bool:
         """Return whether nothing is waited for."""
         return not self._awaited and not self._to_ask
+
+    @property
+    def awaited(self) -> tuple[ExpertKey, ...]:
+        """What was asked for and has not come in."""
+        return tuple(self._awaited)
 
     def use(self, keys: Iterable[ExpertKey]) -> None:
         """Note that these are used now: the daemon hears of it with the next release."""
@@ -82,26 +92,33 @@ class Leases:
         """Hint at what is likely to be demanded, the most urgent first; that takes back the hints before."""
         self._send(Prefetch(self._next_id(), tuple(keys[:KEYS_MAX]), deadline_ms))
 
-    def collect(self, *, waits: bool) -> list[ExpertHandle]:
-        """Return what has come in of what is waited for; `waits` for something to.
+    def found(self, key: ExpertKey) -> None:
+        """Note that one that is awaited has been found in a slot: the daemon leases it, and will say so."""
+        self._found.add(key)
+        self._note_answer()
+        self._has_come(key)
 
-        Raise CorruptExpert, ReadFailed, SessionGone or StoreUnavailable.
-        """
+    def collect(self) -> list[ExpertHandle]:
+        """Return what of that which is awaited has come in by messages; raise CorruptExpert, ReadFailed, SessionGone."""
         handles: list[ExpertHandle] = []
-        while True:
-            message = self._requests.receive(_ASK_AGAIN_S if waits and not handles else 0.0)
-            if message is not None:
-                self._n_unanswered = 0
-                handles += self._take(message)
-                if not self._awaited:
-                    break
-            elif handles or not waits or self.are_all_there:
-                break
-            else:
-                self._ask_again()
-        if self._to_ask and handles:
-            self._ask()
+        while (message := self._requests.receive()) is not None:
+            self._note_answer()
+            handles += self._take(message)
         return handles
+
+    def wait(self, bell: Bell, n_rings: int) -> None:
+        """Wait until something may have come in since the bell was rung so often; ask again if nothing does.
+
+        Raise SessionGone or StoreUnavailable.
+        """
+        left_s = self._ask_again_at - self._clock()
+        if not self._requests.wait(bell, n_rings, max(0.0, left_s)) or left_s <= 0.0:
+            self._ask_again()
+
+    def ask_for_more(self) -> None:
+        """Ask for what there was no room to ask for, as far as there is by now."""
+        if self._to_ask:
+            self._ask()
 
     def _ask(self) -> None:
         """Ask for as much as may be waited for at once."""
@@ -112,12 +129,18 @@ class Leases:
         for key in keys:
             del self._to_ask[key]
             self._awaited[key] = None
+            self._found.discard(key)
         self._acquire([*keys, *self._lent])
         reached(FaultPoint.RUNNER_EXPERTS_DEMANDED)
 
     def _acquire(self, keys: Sequence[ExpertKey]) -> None:
         keys = keys[:KEYS_MAX]
+        self._ask_again_at = self._clock() + _ASK_AGAIN_S
         self._send(Acquire(self._next_id(), tuple(keys)))
+
+    def _note_answer(self) -> None:
+        self._n_unanswered = 0
+        self._ask_again_at = self._clock() + _ASK_AGAIN_S
 
     def _ask_again(self) -> None:
         """Ask anew for all that is waited for; raise StoreUnavailable if that was done too often."""
@@ -140,14 +163,18 @@ class Leases:
             self._refused(refusal.key, refusal.reason)
         wanted = [handle for handle in message.handles if handle.key in self._awaited]
         # Those that nobody waits for were asked for twice, or by a call that was given up.
-        known = self._held | self._lent | self._awaited.keys()
+        known = self._found | self._held | self._lent | self._awaited.keys()
         self.use(handle.key for handle in message.handles if handle.key not in known)
+        self._found.difference_update(handle.key for handle in message.handles)
         for handle in wanted:
-            del self._awaited[handle.key]
-            self._held.add(handle.key)
-            self._n_refused.pop(handle.key, None)
-        reached(FaultPoint.RUNNER_EXPERTS_GRANTED)
+            self._has_come(handle.key)
         return wanted
+
+    def _has_come(self, key: ExpertKey) -> None:
+        del self._awaited[key]
+        self._held.add(key)
+        self._n_refused.pop(key, None)
+        reached(FaultPoint.RUNNER_EXPERTS_GRANTED)
 
     def _refused(self, key: ExpertKey, reason: Refused) -> None:
         """Ask once more for what could not be read; raise CorruptExpert or ReadFailed."""

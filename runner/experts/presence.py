@@ -22,6 +22,7 @@ class Presence:
         self._manifest = store.manifest
         self._slots = slots
         self._table = slots.table
+        self.bell = slots.table.bell  # rung when a slot was filled
         self._tally = tally
         self.n_slots = slots.n_slots
         # All that can be computed from, by place.

@@ -112,7 +112,7 @@ class TieredExperts:
         """Compute from these slots from now on; what was asked for and hinted at is forgotten."""
         self._slots = slots
         self._presence = Presence(self._store, slots, self._tally)
-        self._leases = Leases(slots.requests, slots.n_slots)
+        self._leases = Leases(slots.requests, slots.n_slots, self._clock)
         self._foreseen = Foreseen(self._presence, self._tally, self._guard)
         self._compute.use_slots(self._presence.records)
         self._is_in_call = False
@@ -187,13 +187,31 @@ class TieredExperts:
         return lost
 
     def _collect(self, *, waits: bool) -> list[tuple[int, SlotEntry]]:
-        """Return what has come in of what was demanded."""
-        began_s = self._clock()
-        handles = self._leases.collect(waits=waits)
+        """Return what has come in of what was demanded; `waits` for something to."""
+        began_s, bell = self._clock(), self._presence.bell
+        while True:
+            n_rings = bell.n_rings  # before the look: what comes in behind it rings again
+            places = self._found() or self._granted()
+            if places or not waits or self._leases.are_all_there:
+                break
+            self._leases.wait(bell, n_rings)
         if waits:
             self._tally.waited_s += self._clock() - began_s
-        self._tally.copied_nbytes += sum(handle.nbytes for handle in handles)
-        return [(handle.key.expert, self._presence.granted(handle)) for handle in handles]
+        self._tally.copied_nbytes += sum(self._presence.nbytes(key) for key, _ in places)
+        if places:
+            self._leases.ask_for_more()
+        return [(key.expert, place) for key, place in places]
+
+    def _found(self) -> list[tuple[ExpertKey, SlotEntry]]:
+        """Return what of that which is awaited lies in slots by now."""
+        places = [(key, place) for key in self._leases.awaited if (place := self._presence.find(key)) is not None]
+        for key, _ in places:
+            self._leases.found(key)
+        return places
+
+    def _granted(self) -> list[tuple[ExpertKey, SlotEntry]]:
+        """Return what has come in by messages."""
+        return [(handle.key, self._presence.granted(handle)) for handle in self._leases.collect()]
 
     def _hint(self, n_chosen: int) -> None:
         """Tell the daemon what later layers are likely to choose, as far as slots go beside the present layer's."""

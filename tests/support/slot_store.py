@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from protocol.bell import Bell
 from protocol.codec import decode, encode
 from protocol.handles import ExpertHandle, ExpertKey
 from protocol.manifest import Manifest
@@ -25,7 +26,7 @@ from protocol.messages import (
     Stats,
 )
 from protocol.schema import Channel, Sender
-from protocol.slot_area import SLOT_ENTRY_NBYTES
+from protocol.slot_area import slot_table_nbytes
 from protocol.slot_table import SlotTable, SlotTableWriter, plan_slot_area
 from runner.errors import SessionGone, StoreUnavailable
 from runner.store_view import StoreView
@@ -42,7 +43,7 @@ class Faults:
     unreadable: Mapping[ExpertKey, int] | None = None  # how many reads of it fail
     session_ends_after: int | None = None  # so many messages
     is_gone_for_good: bool = False
-    is_silent: bool = False  # no answers at all
+    is_silent: bool = False  # no answers at all, and nothing is read
 
 
 class SlotStore:
@@ -127,24 +128,34 @@ class SlotStore:
         elif isinstance(message, GetStats):
             self._replies.append(Stats(message.request_id, 0.0, len(self.received), 0, len(self.leases)))
 
-    def receive(self, timeout_s: float) -> Message | None:
+    def receive(self) -> Message | None:
         if self._n_until_end < 0:
             raise SessionGone("the session with expertd has ended")
-        if timeout_s > 0.0 or self.random.random() < 0.5:
+        if self.random.random() < 0.5:
             self.work()
         while self._replies:
             reply = self._replies.popleft()
             if not self._is_lost() and not self.faults.is_silent:
                 return decode(encode(reply), Channel.REQUEST, Sender.DAEMON)
-        self.now_s += timeout_s
-        if timeout_s and self._demands and not self._free and self.leases.issuperset(self._where):
-            self.evict(next(iter(self._where)))  # nothing moves: the oldest lease is taken back
         return None
+
+    def wait(self, bell: Bell, n_rings: int, timeout_s: float) -> bool:
+        if self._n_until_end < 0:
+            raise SessionGone("the session with expertd has ended")
+        self.work()
+        if self._replies or bell.n_rings != n_rings:
+            return True
+        self.now_s += timeout_s
+        if self._demands and not self._free and self.leases.issuperset(self._where):
+            self.evict(next(iter(self._where)))  # nothing moves: the oldest lease is taken back
+        return False
 
     # --- what the daemon does
 
     def work(self) -> None:
         """Read what is demanded as far as there are slots, else one expert that is hinted at."""
+        if self.faults.is_silent:
+            return
         demanded = list(self._demands)
         self.random.shuffle(demanded)
         for key in demanded[: self.random.randint(1, 2)]:
@@ -186,7 +197,7 @@ class SlotStore:
         nbytes = max(self.manifest.experts[key].nbytes for key in self.keys)
         self._area = plan_slot_area(nbytes, self.n_slots, 1)
         self._slots = [bytearray(nbytes) for _ in range(self.n_slots)]
-        table = memoryview(bytearray(self.n_slots * SLOT_ENTRY_NBYTES))
+        table = memoryview(bytearray(slot_table_nbytes(self.n_slots)))
         self._table, self.table = SlotTableWriter(table, self.n_slots), SlotTable(table, self.n_slots)
         self._free = list(range(self.n_slots))
         self._where: dict[ExpertKey, int] = {}  # the least recently used first

@@ -27,6 +27,7 @@ class World:
         self.n_slots = n_slots
         self.now = 0.0
         self.reading: dict[ExpertKey, int] = {}
+        self.abandoned: list[ExpertKey] = []
         self.ready: dict[ExpertKey, int] = {}
         self.leases: dict[int, set[ExpertKey]] = {}
         self.requests: dict[tuple[int, int], Request] = {}
@@ -111,6 +112,9 @@ class World:
             assert len(request.awaited) == grant.n_awaited
             if not request.awaited:
                 del self.requests[grant.session, grant.request_id]
+        for key in actions.abandoned:
+            assert key in self.reading
+            self.abandoned.append(key)
         for read in actions.reads:
             self._begin(read.key, read.slot)
         assert len(self.reading) + len(self.ready) == self.slots.n_used <= self.n_slots

@@ -339,6 +339,66 @@ def test_the_next_hint_replaces_what_is_queued_of_the_last() -> None:
     assert list(world.reading) == [C]
 
 
+def test_what_is_being_read_and_nobody_foresees_any_more_is_given_up() -> None:
+    world = World(16)
+    world.prefetch(CHAT, A, B)
+
+    world.prefetch(CHAT, B, C)
+    world.finish(A, ReadOutcome.DROPPED)
+
+    assert world.abandoned == [A]
+    assert set(world.reading) == {B, C}
+    assert hints(world) == (0, 0, 0, 1)
+
+
+def test_what_another_session_foresees_too_is_read_to_its_end() -> None:
+    world = World(16)
+    for session in (CHAT, PREFILLER):
+        world.prefetch(session, A)
+
+    world.prefetch(CHAT)
+    kept = list(world.abandoned)
+    world.close(PREFILLER)
+
+    assert kept == []
+    assert world.abandoned == [A]
+
+
+def test_what_somebody_waits_for_is_not_given_up() -> None:
+    world = World(16)
+    world.prefetch(CHAT, A)
+    world.acquire(PREFILLER, A)
+
+    world.prefetch(CHAT)
+
+    assert world.abandoned == []
+
+
+def test_what_was_given_up_and_is_waited_for_after_all_is_read_anew() -> None:
+    world = World(16)
+    world.prefetch(CHAT, A)
+    world.prefetch(CHAT)
+    request = world.acquire(CHAT, A)
+
+    world.finish(A, ReadOutcome.DROPPED)
+    world.finish(A)
+
+    assert world.n_reads == 2
+    assert not world.awaited(CHAT, request)
+    assert hints(world) == (0, 1, 0, 0)
+
+
+def test_a_right_hint_counts_as_used_though_its_use_is_heard_of_before_the_end_of_its_reading() -> None:
+    world = World(8)
+    world.prefetch(CHAT, A)
+
+    world.release(CHAT, A)  # read from the table
+    world.finish(A)
+
+    assert hints(world) == (1, 0, 0, 0)
+    assert world.slots.figures(CHAT, 0.0).n_hits == 1
+
+
 def test_a_session_has_a_bounded_number_of_hints() -> None:
     world = World(400, n_reads_max=1)
     world.acquire(PREFILLER, A)

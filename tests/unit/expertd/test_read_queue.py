@@ -10,7 +10,7 @@ A, B, C = (ExpertKey(0, expert) for expert in range(3))
 
 
 def job(key: ExpertKey, nbytes: int = 2 * PIECE_NBYTES) -> Job:
-    return Job(key, Record(R8, (), "file", 0, nbytes, ""), memoryview(b""), Checksum())
+    return Job(key, Record(R8, (), "file", 0, nbytes, ""), 0, memoryview(b""), Checksum(), 0.0)
 
 
 def order(queue: ReadQueue) -> list[tuple[ExpertKey, int]]:
@@ -92,18 +92,39 @@ def test_dropping_a_record_leaves_a_later_one_of_the_same_expert() -> None:
     assert order(queue) == [(A, 0)]
 
 
+def test_of_an_abandoned_record_nothing_more_is_begun_and_one_that_is_awaited_is_none() -> None:
+    queue = ReadQueue()
+    queue.put(job(A), is_awaited=False)
+    queue.put(job(B), is_awaited=True)
+    queue.next()  # of B
+
+    abandoned, kept = queue.abandon(A), queue.abandon(B)
+
+    assert abandoned is not None
+    assert abandoned.is_cut_short
+    assert kept is None
+    assert order(queue) == [(B, 1)]
+
+
 def test_a_limit_is_kept_over_many_pieces() -> None:
     limit = ReadLimit(100.0)
 
-    there_at = [limit.take(50, now=10.0) for _ in range(4)]
+    there_at = [limit.take(50, asked_at=10.0) for _ in range(4)]
 
     assert there_at == [10.5, 11.0, 11.5, 12.0]
     assert limit.wait_s(11.0) == 1.0
 
 
+def test_a_thread_that_comes_late_does_not_make_the_disk_slower() -> None:
+    limit = ReadLimit(100.0)
+    limit.take(50, asked_at=0.0)
+
+    assert limit.take(50, asked_at=0.1) == 1.0
+
+
 def test_a_disk_that_was_idle_owes_nothing() -> None:
     limit = ReadLimit(100.0)
-    limit.take(50, now=0.0)
+    limit.take(50, asked_at=0.0)
 
     assert limit.wait_s(9.0) == 0.0
-    assert limit.take(50, now=9.0) == 9.5
+    assert limit.take(50, asked_at=9.0) == 9.5

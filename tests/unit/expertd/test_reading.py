@@ -22,6 +22,7 @@ from tests.support.stores import EXPERTS_FILE, flip_byte, write_random_store
 
 A, B = ExpertKey(0, 0), ExpertKey(0, 1)
 WITHIN_S = 20.0
+N_THREADS = 3
 
 
 class Reading:
@@ -37,7 +38,7 @@ class Reading:
         self._end = 0
         self.reader = RecordReader(
             files,
-            3,
+            N_THREADS,
             limit_nbytes_per_s,
             on_end=self.ended.put,
             on_stopped=self.stopped.set,
@@ -49,7 +50,7 @@ class Reading:
         nbytes = self.manifest.experts[key].nbytes
         target = self._builder.view[self._end : self._end + nbytes]
         self._end += nbytes
-        self.reader.read(key, self.manifest.experts[key], target, is_awaited=is_awaited)
+        self.reader.read(key, self.manifest.experts[key], key.expert, target, is_awaited=is_awaited)
         return target
 
     def next_end(self) -> ReadEnd:
@@ -91,7 +92,7 @@ def test_records_of_several_pieces_come_whole(reading: Reading, big: Path) -> No
 
     nbytes = reading.manifest.experts[A].nbytes
     assert nbytes > 2 * PIECE_NBYTES
-    assert ends == {ReadEnd(A, ReadOutcome.WHOLE, nbytes), ReadEnd(B, ReadOutcome.WHOLE, nbytes)}
+    assert ends == {ReadEnd(A, 0, ReadOutcome.WHOLE, nbytes), ReadEnd(B, 1, ReadOutcome.WHOLE, nbytes)}
     for key, target in targets.items():
         assert bytes(target) == content(big, reading.manifest, key)
 
@@ -204,3 +205,61 @@ def test_no_second_copy_stays_in_the_page_cache(reading: Reading, big: Path) -> 
 
     assert before >= 2 * nbytes
     assert cached_nbytes(path) <= before - nbytes + PIECE_NBYTES
+
+
+class Gated(StoreFiles):
+    """Files of which no piece is read before it is allowed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.begun = threading.Semaphore(0)
+        self.allowed = threading.Semaphore(0)
+
+    def read_piece(self, record: Record, start: int, target: memoryview) -> None:
+        self.begun.release()
+        assert self.allowed.acquire(timeout=WITHIN_S)
+        super().read_piece(record, start, target)
+
+
+def test_what_nobody_foresees_any_more_is_read_no_further(big: Path) -> None:
+    files = Gated(big)
+    reading = Reading(files)
+    reading.read(A, is_awaited=False)
+    for _ in range(N_THREADS):  # all of them have a piece of it
+        assert files.begun.acquire(timeout=WITHIN_S)
+
+    reading.reader.abandon(A)
+    files.allowed.release(100)
+
+    assert reading.manifest.experts[A].nbytes > N_THREADS * PIECE_NBYTES
+    assert reading.next_end() == ReadEnd(A, 0, ReadOutcome.DROPPED, N_THREADS * PIECE_NBYTES)
+    reading.read(B)
+    assert reading.next_end().outcome is ReadOutcome.WHOLE
+    reading.close()
+
+
+def test_what_nobody_foresees_any_more_is_not_even_begun(big: Path) -> None:
+    files = Gated(big)
+    reading = Reading(files)
+    reading.read(B)
+    for _ in range(N_THREADS):
+        assert files.begun.acquire(timeout=WITHIN_S)
+    reading.read(A, is_awaited=False)
+
+    reading.reader.abandon(A)
+
+    assert reading.next_end() == ReadEnd(A, 0, ReadOutcome.DROPPED, 0)
+    files.allowed.release(100)
+    assert reading.next_end().outcome is ReadOutcome.WHOLE
+    reading.close()
+
+
+def test_what_somebody_waits_for_meanwhile_is_read_to_its_end(big: Path) -> None:
+    reading = Reading(StoreFiles(big))
+    reading.read(A, is_awaited=False)
+
+    reading.reader.hasten(A)
+    reading.reader.abandon(A)
+
+    assert reading.next_end().outcome is ReadOutcome.WHOLE
+    reading.close()

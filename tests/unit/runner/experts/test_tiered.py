@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from protocol.bell import Bell
 from protocol.handles import ExpertKey
 from protocol.messages import Acquire, Message, Prefetch, Release
 from quant.library import has_c_library
@@ -170,14 +171,13 @@ def test_what_was_used_is_told_before_anything_is_demanded_or_hinted_at() -> Non
 def test_no_lease_is_kept_while_another_expert_is_waited_for() -> None:
     store = SlotStore(TinyStore(), N_KEYS, seed=1)
     held: list[int] = []
-    receive = store.receive
+    wait = store.wait
 
-    def receive_and_note(timeout_s: float) -> Message | None:
-        if timeout_s:
-            held.append(len(store.leases - store.on_their_way))
-        return receive(timeout_s)
+    def wait_and_note(bell: Bell, n_rings: int, timeout_s: float) -> bool:
+        held.append(len(store.leases - store.on_their_way))
+        return wait(bell, n_rings, timeout_s)
 
-    store.receive = receive_and_note  # type: ignore[method-assign]
+    store.wait = wait_and_note  # type: ignore[method-assign]
 
     rehearse(store, random_steps(3, 4))
 
