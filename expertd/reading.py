@@ -190,9 +190,10 @@ class RecordReader:
 
     def _end(self, job: Job, outcome: ReadOutcome) -> None:
         reached(FaultPoint.DAEMON_SLOT_FILLED)
-        self._files.forget_cached(job.record)
         if outcome in {ReadOutcome.CORRUPT, ReadOutcome.FAILED}:
             logger.error("expert not read key=%s outcome=%s error=%s", job.key, outcome, job.error)
         if not self._stopping.is_set():
             is_counted = outcome in {ReadOutcome.WHOLE, ReadOutcome.DROPPED}
             self._on_end(ReadEnd(job.key, job.slot, outcome, job.ended_nbytes if is_counted else 0))
+        if outcome is not ReadOutcome.DROPPED:
+            self._files.forget_cached(job.record)  # what others wait for comes first

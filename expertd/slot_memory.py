@@ -1,7 +1,7 @@
 """The memory of a store's slots: segments that only this process writes, and the table of what lies where.
 
-Made by the loader, owned by `expertd.tiered.TieredStore`. Whoever holds the service's lock makes a slot's generation odd;
-from then on the slot and its generation are the reader threads', until one of them has made it even, or given up.
+Made by the loader, owned by `expertd.tiered.TieredStore`. Whoever holds the service's lock makes a slot's generation
+odd; from then on slot and generation are the reader threads', until one of them has made it even, or given up.
 """
 
 from protocol.handles import ExpertHandle, ExpertKey

@@ -22,6 +22,7 @@ from protocol.schema import MESSAGE_NBYTES_MAX, Channel, Sender
 from runner.errors import SessionGone, StoreUnavailable
 
 _QUEUE_LENGTH = 256
+_READABLE = int(zmq.POLLIN)  # the enumeration's own arithmetic would cost more than the question
 # Who waits at a bell looks so often whether there is a message, or the session is gone.
 _LOOK_S = 5e-3
 
@@ -72,10 +73,9 @@ class Requests:
 
     def receive(self) -> Message | None:
         """Return the next message, None if there is none yet; raise StoreUnavailable."""
-        try:
-            return _decoded(self._socket.recv(zmq.NOBLOCK))
-        except zmq.Again:
+        if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:
             return None
+        return _decoded(self._socket.recv(zmq.NOBLOCK))
 
     def wait(self, bell: Bell, n_rings: int, timeout_s: float) -> bool:
         """Wait for a message, or until the bell was rung more often than that; return False if nothing came in time.

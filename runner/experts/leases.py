@@ -4,8 +4,8 @@ Owns the account of one session's demands. Knows no slots' contents and no compu
 thread; nothing waits for it: an expert that was computed is given back before another one is waited for, so that
 runners that share few slots never wait for each other in a circle.
 
-What was demanded has come as soon as the slots say so (`found`), which is sooner than the daemon's answer. Every message
-may be lost, and is asked again then; an answer that nobody waits for any more is given back.
+What was demanded has come as soon as the slots say so (`found`), which is sooner than the daemon's answer. Every
+message may be lost, and is asked again then; an answer that nobody waits for any more is given back.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -62,15 +62,20 @@ class Leases:
             self._used[key] = None
 
     def demand(self, keys: Iterable[ExpertKey], present: Iterable[ExpertKey] = ()) -> None:
-        """Ask for these, as many at once as slots allow; what was used until now is given back before.
+        """Ask for these, as many at once as slots allow; what was used until now is told before.
 
         What is `present` is computed too: a lease keeps it from making room for the others.
         """
         self._to_ask.update(dict.fromkeys(keys))
         if self._to_ask:
-            self.release()
+            self.tell_uses()
             self._lent = set(present)
             self._ask()
+
+    def tell_uses(self) -> None:
+        """Say what was used without a lease; what is leased makes room for nothing and is given back another time."""
+        if not self._held.issuperset(self._used):
+            self.release()
 
     def release(self) -> None:
         """Give back all that was used, and say that it was."""
@@ -83,7 +88,7 @@ class Leases:
 
     def give_up(self) -> None:
         """Wait for nothing any more and give back everything: a call ended with an exception."""
-        self.use([*self._awaited, *self._held])
+        self.use([*self._awaited, *self._held, *self._lent])
         self._awaited.clear()
         self._to_ask.clear()
         self.release()
@@ -99,7 +104,7 @@ class Leases:
         self._has_come(key)
 
     def collect(self) -> list[ExpertHandle]:
-        """Return what of that which is awaited has come in by messages; raise CorruptExpert, ReadFailed, SessionGone."""
+        """Return what has come in by messages of what is awaited; raise CorruptExpert, ReadFailed or SessionGone."""
         handles: list[ExpertHandle] = []
         while (message := self._requests.receive()) is not None:
             self._note_answer()

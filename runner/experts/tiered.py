@@ -130,8 +130,10 @@ class TieredExperts:
         self._is_in_call = True
         places, absent = self._look_for(call.layer, chosen)
         self._foreseen.judge(call.layer, chosen, absent)
-        if absent or not self._compute_at_once(call, places):
-            self._compute_as_they_come(call, chosen)
+        if absent:
+            self._compute_as_they_come(call, places, absent)
+        elif not self._compute_at_once(call, places):
+            self._compute_as_they_come(call, *self._look_for(call.layer, chosen))
         self._is_in_call = False
 
     def _look_for(self, layer: int, experts: Iterable[int]) -> tuple[dict[int, SlotEntry], list[int]]:
@@ -153,54 +155,63 @@ class TieredExperts:
         self._compute.forward(call, {expert: place.slot for expert, place in places.items()})
         return all(map(self._presence.is_still_there, keys, places.values()))
 
-    def _compute_as_they_come(self, call: ExpertCall, chosen: Sequence[int]) -> None:
+    def _compute_as_they_come(self, call: ExpertCall, places: dict[int, SlotEntry], absent: Sequence[int]) -> None:
         """Demand what is not there; compute what is, and the others as they come in; sum behind the last one."""
         layer, leases = call.layer, self._leases
-        places, absent = self._look_for(layer, chosen)
         leases.demand([ExpertKey(layer, expert) for expert in absent], [ExpertKey(layer, expert) for expert in places])
-        self._hint(len(chosen))
+        n_chosen = len(places) + len(absent)
+        self._hint(n_chosen)
         contributions = call.hidden_states.new_empty(*call.expert_ids.shape, call.hidden_states.shape[1])
         # Few tokens: as many experts at once as there are. Many: one by one, as others wait for its slot.
-        n_at_once = len(chosen) if call.expert_ids.shape[0] < PREFILL_TOKENS_MIN else 1
+        is_prefill = call.expert_ids.shape[0] >= PREFILL_TOKENS_MIN
         ready = deque(places.items())
         n_losses = 0
         while ready or not leases.are_all_there:
             if not leases.are_all_there:
                 ready += self._collect(waits=not ready)
-            batch = dict(ready.popleft() for _ in range(min(n_at_once, len(ready))))
-            lost = self._contribute(call, batch, contributions)
+            batch = dict(ready.popleft() for _ in range(min(1 if is_prefill else n_chosen, len(ready))))
+            lost = self._contribute(call, batch, contributions, is_last=not ready and leases.are_all_there)
             n_losses += len(lost)
             if n_losses > _LOSSES_MAX:
                 raise StoreUnavailable(f"expertd took {lost[0]} back again and again while it was computed")
+            if is_prefill and not leases.are_all_there:
+                leases.release()
             leases.demand(lost)
-        self._compute.finish(call, {}, contributions)
 
-    def _contribute(self, call: ExpertCall, batch: dict[int, SlotEntry], contributions: Tensor) -> list[ExpertKey]:
-        """Compute these experts and give them back; return those that did not stay while they were computed."""
-        self._compute.contribute(call, {expert: place.slot for expert, place in batch.items()}, contributions)
+    def _contribute(
+        self, call: ExpertCall, batch: dict[int, SlotEntry], contributions: Tensor, *, is_last: bool
+    ) -> list[ExpertKey]:
+        """Compute these experts, and the sum of all behind the last; return those that did not stay meanwhile."""
+        compute = self._compute.finish if is_last else self._compute.contribute
+        compute(call, {expert: place.slot for expert, place in batch.items()}, contributions)
         reached(FaultPoint.RUNNER_SLOTS_COMPUTED)
         found = {ExpertKey(call.layer, expert): place for expert, place in batch.items()}
         lost = [key for key, place in found.items() if not self._presence.is_still_there(key, place)]
         self._leases.use(key for key in found if key not in lost)
-        if not self._leases.are_all_there:
-            self._leases.release()
         return lost
 
     def _collect(self, *, waits: bool) -> list[tuple[int, SlotEntry]]:
         """Return what has come in of what was demanded; `waits` for something to."""
-        began_s, bell = self._clock(), self._presence.bell
-        while True:
-            n_rings = bell.n_rings  # before the look: what comes in behind it rings again
-            places = self._found() or self._granted()
-            if places or not waits or self._leases.are_all_there:
-                break
-            self._leases.wait(bell, n_rings)
-        if waits:
-            self._tally.waited_s += self._clock() - began_s
-        self._tally.copied_nbytes += sum(self._presence.nbytes(key) for key, _ in places)
+        n_rings = self._presence.bell.n_rings  # before the look: what comes in behind it rings again
+        places = self._found()
+        if waits and not places:
+            places = self._await_some(n_rings)
         if places:
+            self._tally.copied_nbytes += sum(self._presence.nbytes(key) for key, _ in places)
             self._leases.ask_for_more()
         return [(key.expert, place) for key, place in places]
+
+    def _await_some(self, n_rings: int) -> list[tuple[ExpertKey, SlotEntry]]:
+        """Return what comes in first behind that ring; nothing if nothing is awaited any more."""
+        began_s, bell = self._clock(), self._presence.bell
+        self._leases.release()  # nobody waits for what we hold while we wait ourselves
+        places = self._granted()
+        while not places and not self._leases.are_all_there:
+            self._leases.wait(bell, n_rings)
+            n_rings = bell.n_rings
+            places = self._found() or self._granted()
+        self._tally.waited_s += self._clock() - began_s
+        return places
 
     def _found(self) -> list[tuple[ExpertKey, SlotEntry]]:
         """Return what of that which is awaited lies in slots by now."""
@@ -217,5 +228,5 @@ class TieredExperts:
         """Tell the daemon what later layers are likely to choose, as far as slots go beside the present layer's."""
         hints = self._foreseen.hints(min(self._presence.n_slots - n_chosen, _HINTS_MAX))
         if hints is not None:
-            self._leases.release()  # what was used just now is not what makes room for what may be used
+            self._leases.tell_uses()  # what was used just now is not what makes room for what may be used
             self._leases.prefetch(hints, _DEADLINE_MS)
