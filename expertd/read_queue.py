@@ -64,6 +64,7 @@ class Piece:
 
     job: Job
     number: int
+    is_awaited: bool
 
 
 class ReadQueue:
@@ -86,11 +87,11 @@ class ReadQueue:
         if job is not None:
             self._awaited[key] = job
 
-    def next(self) -> Piece | None:
-        """Return the next piece, which counts as begun."""
-        for jobs in (self._awaited, self._foreseen):
+    def next(self, *, is_hint_welcome: bool = True) -> Piece | None:
+        """Return the next piece, which counts as begun; one that was only foreseen if that is welcome."""
+        for jobs in (self._awaited, self._foreseen) if is_hint_welcome else (self._awaited,):
             for key, job in jobs.items():
-                piece = Piece(job, job.n_begun)
+                piece = Piece(job, job.n_begun, jobs is self._awaited)
                 job.n_begun += 1
                 if job.n_begun == job.n_pieces:
                     del jobs[key]

@@ -89,14 +89,16 @@ class TieredStore:
         if self._catalogue.experts:
             pinned = tuple(self._catalogue.experts[key] for key in keys if key in self._catalogue.experts)
             wanted = [key for key in keys if key not in self._catalogue.experts]
+        replies = self._hear(now)  # what can be seen in the table is there
         actions = self._slots.acquire(session, request_id, wanted, now)
         if pinned and not actions.grants:  # all others are still to come
             actions.grants.append(Grant(session, request_id, (), (), len(set(wanted))))
-        return self._carry_out(actions, pinned=pinned)
+        return replies + self._carry_out(actions, pinned=pinned)
 
     def release(self, session: int, keys: Sequence[ExpertKey], now: float) -> list[TieredReply]:
         """Take leases back and count experts as used."""
-        return self._carry_out(self._slots.release(session, keys, now))
+        replies = self._hear(now)
+        return replies + self._carry_out(self._slots.release(session, keys, now))
 
     def prefetch(self, session: int, keys: Sequence[ExpertKey], deadline: float, now: float) -> list[TieredReply]:
         """Take a hint."""
@@ -113,12 +115,9 @@ class TieredStore:
 
     def collect(self, now: float) -> list[TieredReply]:
         """Answer those who waited for what was read meanwhile, and let time pass."""
-        ended = []
-        while self._ended:
-            ended.append(self._ended.popleft())
-        if not ended:
+        if not self._ended:
             return self._carry_out(self._slots.tick(now)) if self._is_due(now) else []
-        return self._carry_out(self._slots.reads_ended([(e.key, e.outcome, e.nbytes) for e in ended], now))
+        return self._hear(now)
 
     # --- figures --------------------------------------------------------------------------------------------------
 
@@ -159,6 +158,15 @@ class TieredStore:
             self._memory.publish(end.slot, end.key)
         self._ended.append(end)
         self._wake()
+
+    def _hear(self, now: float) -> list[TieredReply]:
+        """Do what follows from the reads that have ended."""
+        if not self._ended:
+            return []
+        ended = []
+        while self._ended:
+            ended.append(self._ended.popleft())
+        return self._carry_out(self._slots.reads_ended([(end.key, end.outcome, end.nbytes) for end in ended], now))
 
     def _is_due(self, now: float) -> bool:
         return self._slots.next_tick is not None and self._slots.next_tick <= now

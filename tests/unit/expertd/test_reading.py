@@ -226,14 +226,12 @@ def test_what_nobody_foresees_any_more_is_read_no_further(big: Path) -> None:
     files = Gated(big)
     reading = Reading(files)
     reading.read(A, is_awaited=False)
-    for _ in range(N_THREADS):  # all of them have a piece of it
-        assert files.begun.acquire(timeout=WITHIN_S)
+    assert files.begun.acquire(timeout=WITHIN_S)
 
     reading.reader.abandon(A)
     files.allowed.release(100)
 
-    assert reading.manifest.experts[A].nbytes > N_THREADS * PIECE_NBYTES
-    assert reading.next_end() == ReadEnd(A, 0, ReadOutcome.DROPPED, N_THREADS * PIECE_NBYTES)
+    assert reading.next_end() == ReadEnd(A, 0, ReadOutcome.DROPPED, PIECE_NBYTES)
     reading.read(B)
     assert reading.next_end().outcome is ReadOutcome.WHOLE
     reading.close()
@@ -262,5 +260,38 @@ def test_what_somebody_waits_for_meanwhile_is_read_to_its_end(big: Path) -> None
     reading.reader.hasten(A)
     reading.reader.abandon(A)
 
+    assert reading.next_end().outcome is ReadOutcome.WHOLE
+    reading.close()
+
+
+def test_what_is_only_foreseen_leaves_threads_for_what_somebody_waits_for(big: Path) -> None:
+    files = Gated(big)
+    reading = Reading(files)
+    reading.read(A, is_awaited=False)
+    assert files.begun.acquire(timeout=WITHIN_S)
+    others_wait = not files.begun.acquire(timeout=0.05)
+
+    reading.read(B)
+
+    assert others_wait
+    for _ in range(N_THREADS - 1):
+        assert files.begun.acquire(timeout=WITHIN_S)
+    files.allowed.release(100)
+    assert {reading.next_end().key, reading.next_end().key} == {A, B}
+    reading.close()
+
+
+def test_what_is_hastened_has_all_threads(big: Path) -> None:
+    files = Gated(big)
+    reading = Reading(files)
+    reading.read(A, is_awaited=False)
+    assert files.begun.acquire(timeout=WITHIN_S)
+    assert not files.begun.acquire(timeout=0.05)
+
+    reading.reader.hasten(A)
+
+    for _ in range(N_THREADS - 1):
+        assert files.begun.acquire(timeout=WITHIN_S)
+    files.allowed.release(100)
     assert reading.next_end().outcome is ReadOutcome.WHOLE
     reading.close()
