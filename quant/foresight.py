@@ -39,10 +39,22 @@ class _CForesight(ctypes.Structure):
 
 
 class Foresight:
-    """One layer's norm and gate, for up to n_tokens_max tokens. One call at a time, as the workspace demands."""
+    """One layer's norm and gate, for up to n_tokens_max tokens. One call at a time, as the workspace demands.
+
+    With a margin, what is guessed has to lie so far above the best expert that is not, in the gate's logits; in the
+    place of one that does not stands the likeliest again.
+    """
 
     def __init__(
-        self, norm: Tensor, gate: Linear, *, eps: float, n_guessed: int, n_tokens_max: int, workspace: Workspace
+        self,
+        norm: Tensor,
+        gate: Linear,
+        *,
+        eps: float,
+        n_guessed: int,
+        n_tokens_max: int,
+        workspace: Workspace,
+        margin: float = 0.0,
     ) -> None:
         """Keep norm f32 [H] and the gate's bytes; raise BadShape if they do not fit together."""
         hidden_size, n_experts = gate.part.cols, gate.part.rows
@@ -52,6 +64,7 @@ class Foresight:
         self._norm, self._eps = norm, eps
         self._gate = Linear(gate.part, gate.part_bytes, workspace=workspace, exact=gate.exact)
         self._n_guessed, self._n_tokens_max = n_guessed, n_tokens_max
+        self._margin = margin if n_guessed < n_experts else 0.0
         self._workspace = workspace
         self._scratch = [torch.empty(n_tokens_max, width) for width in (hidden_size, n_experts, n_guessed)]
         normed, gate_logits, weights = (tensor.data_ptr() for tensor in self._scratch)
@@ -84,12 +97,22 @@ class Foresight:
         )
         if status:
             check_status(status, "what is foreseen")
-        return expert_ids
+        return self._sure(expert_ids, self._scratch[1][:n_tokens])
 
     def by_parts(self, hidden_states: Tensor) -> Tensor:
         """Do what calling does, one step after another."""
         normed = rms_norm(hidden_states, self._norm, self._eps, workspace=self._workspace)
-        return choose_experts(self._gate(normed), self._n_guessed)[0]
+        gate_logits = self._gate(normed)
+        return self._sure(choose_experts(gate_logits, self._n_guessed)[0], gate_logits)
+
+    def _sure(self, expert_ids: Tensor, gate_logits: Tensor) -> Tensor:
+        if not self._margin:
+            return expert_ids
+        rows: list[list[int]] = expert_ids.tolist()
+        for ids, logits in zip(rows, gate_logits.tolist(), strict=True):
+            least = self._margin + max(logit for expert, logit in enumerate(logits) if expert not in ids)
+            ids[1:] = [expert if logits[expert] >= least else ids[0] for expert in ids[1:]]
+        return torch.tensor(rows)
 
 
 # How the library is called while the interpreter's lock is held, as by no other function: that lock would take longer

@@ -20,8 +20,10 @@ from runner.experts.source import PREFILL_TOKENS_MIN, Guess
 class Lookahead:
     """The gates of all layers, asked ahead of time. Used from the thread that computes the model."""
 
-    def __init__(self, layers: Sequence[SegmentWeights], eps: float, *, n_guessed: int, depth: int) -> None:
-        """Guess n_guessed experts a token, for each of the next `depth` layers."""
+    def __init__(
+        self, layers: Sequence[SegmentWeights], eps: float, *, n_guessed: int, depth: int, margin: float = 0.0
+    ) -> None:
+        """Guess up to n_guessed experts a token, for each of the next `depth` layers; `margin` is `Foresight`'s."""
         workspace = Workspace(1)
         self._layers = [
             Foresight(
@@ -31,6 +33,7 @@ class Lookahead:
                 n_guessed=n_guessed,
                 n_tokens_max=PREFILL_TOKENS_MIN - 1,
                 workspace=workspace,
+                margin=margin,
             )
             for weights in layers
         ]

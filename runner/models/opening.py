@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 
 # What a step takes between its layers, in floats a token: this many times the hidden size (configs/runner.toml).
 _STEP_WIDTHS = 16
+# What is read from a disk on a guess should be a tenth likelier than what is not: it halves what is read in vain, and
+# wins as much time (docs/LOG.md). In the logits of a gate, of which exp() is the likelihood.
+_MARGIN = 0.1
 # A piece of a copy: shorter ones cost the host more than giving up a wrong guess earlier wins.
 _CHUNK_S = 300e-6
 _CHUNK_NBYTES_MIN = 1 << 16
@@ -132,11 +135,11 @@ def _in_slots(computation: Computation, weights: DenseWeights, slots: HostSlots,
         CExperts(store.manifest, workspace, exact=settings.exact),
         guard=Guard() if plan.is_guarded else None,
     )
-    model = Mixtral(computation.config, weights, experts, workspace, _lookahead(computation, weights))
+    model = Mixtral(computation.config, weights, experts, workspace, _lookahead(computation, weights, margin=_MARGIN))
     return OpenedModel(model, _on_host(computation), experts)
 
 
-def _lookahead(computation: Computation, weights: DenseWeights) -> Lookahead | None:
+def _lookahead(computation: Computation, weights: DenseWeights, *, margin: float = 0.0) -> Lookahead | None:
     """Return what foresees experts on the host, unless nobody wants that."""
     config, settings = computation.config, computation.settings
     if not settings.prefetch_depth:
@@ -146,6 +149,7 @@ def _lookahead(computation: Computation, weights: DenseWeights) -> Lookahead | N
         config.rms_norm_eps,
         n_guessed=min(settings.prefetch_experts, config.n_experts),
         depth=settings.prefetch_depth,
+        margin=margin,
     )
 
 
