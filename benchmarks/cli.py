@@ -61,7 +61,7 @@ TABLES: dict[str, Callable[[list[Figure]], str]] = {"quality": quality_table}
 
 _NEEDS_STORE = ("demo", "several", "store", "cache")
 _NEEDS_PEER = ("demo",)
-_SCHEMES = Settings(Path()).schemes
+_SCHEMES, _TIERS = Settings(Path()).schemes, Settings(Path()).tiers
 
 _NAMES = (*BENCHMARKS, *ON_REQUEST)
 _PATH = click.Path(path_type=Path)
@@ -84,6 +84,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--demo-source", type=_PATH, help="The GGUF that it is built from; downloaded (93 MB) if not given.")
 @click.option("--checkpoint", type=_PATH, help="Any Mixtral checkpoint, for quality.")
 @click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="Of the text, for quality.")
+@click.option("--tier", "tiers", type=click.Choice(_TIERS), multiple=True, help="Only these stores, for tiered.")
 @click.option("--out", type=_PATH, help="Where the JSON goes.")
 def cli(
     names: tuple[str, ...],
@@ -94,6 +95,7 @@ def cli(
     schemes: tuple[str, ...],
     kernels: tuple[str, ...],
     tokens: int,
+    tiers: tuple[str, ...],
     out: Path | None,
     **paths: Path | None,
 ) -> None:
@@ -116,7 +118,8 @@ def cli(
     if out is not None and not out.absolute().parent.is_dir():
         raise click.UsageError(f"--out: {out.absolute().parent} is no folder")
     try:
-        settings = replace(_settings(rounds, threads, schemes, kernels, paths), tokens=tokens, runs=runs)
+        settings = _settings(rounds, threads, schemes, kernels, paths)
+        settings = replace(settings, tokens=tokens, runs=runs, tiers=tiers or _TIERS)
     except BenchmarkError as error:
         _complain(error)
         sys.exit(1)

@@ -5,7 +5,7 @@ Letters: T tokens.
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ class Decoded:
     seconds: float
     counters: Counters | None
     digest: str  # of all logits
+    read_nbytes: int = 0  # by whoever reads, and whether it was used or not
 
     @property
     def token_s(self) -> float:
@@ -39,7 +40,7 @@ class Decoded:
     @property
     def token_nbytes(self) -> float:
         """Bytes a token that were read."""
-        return 0.0 if self.counters is None else self.counters.copied_nbytes / self.n_tokens
+        return self.read_nbytes / self.n_tokens
 
     @property
     def recall(self) -> float:
@@ -95,18 +96,28 @@ class Oracle:
         return torch.tensor([[expert if chance.random() < self._recall else wrong.pop() for expert in true]])
 
 
-def decode(engine: Engine, token_ids: Sequence[int], n_before: int, *, oracle: Oracle | None = None) -> Decoded:
-    """Return what decoding the tokens behind the first `n_before` took, which are decoded too."""
+def decode(
+    engine: Engine,
+    token_ids: Sequence[int],
+    n_before: int,
+    *,
+    oracle: Oracle | None = None,
+    read_nbytes: Callable[[], int] = lambda: 0,
+) -> Decoded:
+    """Return what decoding the tokens behind the first `n_before` took, which are decoded too.
+
+    `read_nbytes` says how many bytes have been read until now.
+    """
     sequence = engine.new_sequence(len(token_ids))
     digest = hashlib.sha256()
-    seconds, before = 0.0, engine.counters
+    seconds, before, read_before = 0.0, engine.counters, 0
     with ExitStack() as stack:
         stack.enter_context(engine.awake())
         if oracle is not None:
             stack.enter_context(engine.routed_by(oracle))
         for place, token_id in enumerate(token_ids):
             if place == n_before:
-                before = engine.counters
+                before, read_before = engine.counters, read_nbytes()
             sequence.append([token_id])
             began_s = perf_counter()
             logits = engine.step([sequence])
@@ -114,7 +125,8 @@ def decode(engine: Engine, token_ids: Sequence[int], n_before: int, *, oracle: O
             digest.update(logits.numpy().tobytes())
     after = engine.counters
     counted = None if before is None or after is None else after - before
-    return Decoded(len(token_ids) - n_before, seconds, counted, digest.hexdigest())
+    n_tokens = len(token_ids) - n_before
+    return Decoded(n_tokens, seconds, counted, digest.hexdigest(), read_nbytes() - read_before)
 
 
 def record(engine: Engine, token_ids: Sequence[int]) -> Choices:

@@ -22,6 +22,7 @@ class Settings:
     demo_source: Path | None = None
     checkpoint: Path | None = None
     tokens: int = 4096
+    tiers: tuple[str, ...] = ("demo", "half", "three-quarters")  # which stores larger than memory
 
     @property
     def thread_counts(self) -> tuple[int, ...]:

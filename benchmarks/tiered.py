@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,10 @@ from benchmarks.figures import Figure
 from benchmarks.foreseeing import Choices, Decoded, Oracle, decode, record
 from benchmarks.processes import Environment
 from benchmarks.settings import Settings
+from protocol.control_client import ControlClient
 from protocol.manifest import MANIFEST_FILE, Manifest, load_manifest
+from protocol.messages import GetStatus, Status
+from protocol.runtime_dir import RuntimeDir
 from protocol.slot_area import slot_area_nbytes
 from runner.config import RunnerConfig
 from runner.engine import Engine, open_configured
@@ -36,7 +40,8 @@ from runner.models.opening import CachePlan
 N_LAYERS, SCHEME = 4, "4bit-g64"
 N_BEFORE, N_TOKENS = 8, 24
 # Of the experts, how many have a slot.
-SHARES_OF_LARGE, SHARE_OF_DEMO = (0.5, 0.75), 0.25
+SHARE_OF_DEMO = 0.25
+SHARES_OF_LARGE = {"half": 0.5, "three-quarters": 0.75}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +112,12 @@ def measure_tiered_disk(environment: Environment, settings: Settings) -> list[Fi
 
 
 def _tiers(settings: Settings) -> Iterator[Tier]:
-    if settings.store is not None:
+    if "demo" in settings.tiers and settings.store is not None:
         yield Tier.of(f"demo store, {SHARE_OF_DEMO:.0%}", settings.store, SHARE_OF_DEMO)
-    large = synthetic_store(settings.folder, N_LAYERS, SCHEME)
-    for share in SHARES_OF_LARGE:
-        yield Tier.of(f"{N_LAYERS} layers of Mixtral, {share:.0%}", large, share)
+    for name, share in SHARES_OF_LARGE.items():
+        if name in settings.tiers:
+            large = synthetic_store(settings.folder, N_LAYERS, SCHEME)
+            yield Tier.of(f"{N_LAYERS} layers of Mixtral, {share:.0%}", large, share)
 
 
 def _measured(
@@ -139,8 +145,16 @@ def _measured(
                 if way.recall is not None:
                     n_experts = tier.manifest.model.n_experts
                     oracle = Oracle(choices, n_experts, depth=way.depth, recall=way.recall)
-                measured[way] = decode(engine, _token_ids(engine), N_BEFORE, oracle=oracle)
+                with ControlClient(RuntimeDir(environment.runtime_dir)) as client:
+                    read_nbytes = partial(_read_nbytes, client, tier.manifest.digest)
+                    ids = _token_ids(engine)
+                    measured[way] = decode(engine, ids, N_BEFORE, oracle=oracle, read_nbytes=read_nbytes)
     return measured
+
+
+def _read_nbytes(client: ControlClient, digest: str) -> int:
+    """Return what the daemon has read into the store's slots, wanted or not."""
+    return next(store.read_nbytes for store in client.ask(GetStatus(), Status).stores if store.digest == digest)
 
 
 def _figures(

@@ -49,8 +49,8 @@ def test_an_oracle_names_as_many_experts_as_are_chosen_each_once() -> None:
 
 
 def test_what_was_decoded_is_said_a_token() -> None:
-    counters = Tally(misses=10, prefetches_used=4, copied_nbytes=600).snapshot()
-    decoded = Decoded(n_tokens=3, seconds=1.5, counters=counters, digest="")
+    counters = Tally(misses=10, prefetches_used=4).snapshot()
+    decoded = Decoded(n_tokens=3, seconds=1.5, counters=counters, digest="", read_nbytes=600)
 
     assert (decoded.token_s, decoded.token_nbytes, decoded.recall) == (0.5, 200.0, 0.4)
     assert replace(decoded, counters=None).recall == 0.0
