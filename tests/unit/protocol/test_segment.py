@@ -17,6 +17,7 @@ from protocol.segment import (
     make_segment,
     map_segment,
     segment_nbytes,
+    still_refused,
 )
 
 
@@ -38,6 +39,32 @@ def test_a_segment_holds_what_was_written_into_it() -> None:
 
     assert bytes(view[-5:]) == b"hello"
     assert not any(view[:4096])
+
+
+def test_a_huge_page_that_is_refused_is_asked_for_again_and_no_other() -> None:
+    asked: list[int] = []
+
+    def collapse(page: int) -> bool:
+        asked.append(page)
+        return page != 20 or asked.count(page) == 3
+
+    refused = still_refused([10, 20, 30], collapse, n_times=8)
+
+    assert refused == []
+    assert asked == [10, 20, 30, 20, 20]
+
+
+def test_a_huge_page_that_is_always_refused_is_asked_for_so_many_times() -> None:
+    asked: list[int] = []
+
+    def refuse(page: int) -> bool:
+        asked.append(page)
+        return False
+
+    refused = still_refused([10], refuse, n_times=8)
+
+    assert refused == [10]
+    assert asked == [10] * 8
 
 
 def test_a_mapping_lies_where_huge_pages_can_be_used(sealed: int) -> None:
