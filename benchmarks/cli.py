@@ -25,6 +25,7 @@ from benchmarks.processes import Environment
 from benchmarks.quality import measure_quality, quality_table
 from benchmarks.quantizing import measure_conversion, measure_solver
 from benchmarks.requests import measure_requests
+from benchmarks.roof import measure_roof
 from benchmarks.settings import Settings
 from benchmarks.several import measure_several
 from benchmarks.slots import measure_slots
@@ -53,6 +54,7 @@ ON_REQUEST: dict[str, Measure] = {
     "solver": lambda _, settings: measure_solver(settings),
     "conversion": measure_conversion,
     "quality": measure_quality,
+    "roof": measure_roof,
     "tiered": measure_tiered,
     "tiered-disk": measure_tiered_disk,
 }
@@ -79,7 +81,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--text", type=_PATH, help="A text in UTF-8 for perplexity, which is left out without it.")
 @click.option("--llama-bench", type=_PATH, help="llama.cpp's program; the one on PATH if not given.")
 @click.option("--prototype", type=_PATH, help="Another implementation's C file, for kernels; left out without it.")
-@click.option("--kernels", multiple=True, help="Of ours for `kernels` and `layers`, as vnni or avx2; else the fastest.")
+@click.option(
+    "--kernels", multiple=True, help="Of ours for `kernels`, `layers`, `roof`, as vnni or avx2; else the fastest."
+)
 @click.option("--demo-checkpoint", type=_PATH, help="The demo's checkpoint, if there is one; built if not given.")
 @click.option("--demo-source", type=_PATH, help="The GGUF that it is built from; downloaded (93 MB) if not given.")
 @click.option("--checkpoint", type=_PATH, help="Any Mixtral checkpoint, for quality.")
@@ -112,6 +116,7 @@ def cli(
     larger-layers  likewise, layers of Mixtral's size: writes 6.5 GB
     solver     one matrix, beside hqq         conversion  full-size matrices, whole
     quality    the paper's table of a checkpoint
+    roof       a token beside reading its weights only
     tiered     stores larger than their memory, where reading takes as long as computing
     tiered-disk  the same with the disk as it is
     """

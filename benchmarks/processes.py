@@ -33,6 +33,10 @@ class Environment:
         """Run `runner` and return its standard output; raise CommandFailed."""
         return _run(_command("runner", *arguments), self.variables)
 
+    def run(self, command: list[str]) -> str:
+        """Run a command that meets this daemon and return its standard output; raise CommandFailed."""
+        return _run(command, self.variables)
+
     @contextmanager
     def daemon(
         self,

@@ -169,7 +169,7 @@ class SegmentBuilder:
 
 
 def still_refused(pages: Iterable[int], collapse: Callable[[int], bool], *, n_times: int) -> list[int]:
-    """Collapse each page, those that were refused again, up to n_times; return the pages that were refused each time."""
+    """Collapse each page, those that were refused again, up to n_times; return the pages refused each time."""
     refused = list(pages)
     for _ in range(n_times):
         refused = [page for page in refused if not collapse(page)]

@@ -56,3 +56,15 @@ uint64_t read_memory(const uint8_t *bytes, size_t nbytes, int n_streams)
     default: return 0;
     }
 }
+
+// Reads one of n_shares equal shares of every range, one range after another, in two streams; returns the sum of the
+// words. Less than n_shares * 2 * TURN_NBYTES bytes of a range stay unread.
+uint64_t read_shares(const uint8_t *const *ranges, const size_t *nbytes, size_t n_ranges, size_t share, size_t n_shares)
+{
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n_ranges; i++) {
+        size_t stream_nbytes = nbytes[i] / n_shares / (2 * TURN_NBYTES) * TURN_NBYTES;
+        sum += read_streams(ranges[i] + share * 2 * stream_nbytes, stream_nbytes, 2);
+    }
+    return sum;
+}

@@ -1,6 +1,7 @@
 """`runner bench`: the engine measured in this process, the command on files, and on a synthetic store with a daemon."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.our_decode import decode
+from benchmarks.our_roof import Decoding, RangeReader, measure
 from benchmarks.second_halves import score_second_halves
 from expertd.convert.config import QuantizeConfig
 from protocol.handles import ExpertKey
@@ -75,6 +77,20 @@ def test_every_run_counts_but_the_one_that_warms_up(engine: Engine) -> None:
 def test_what_is_asked_for_0_tokens_is_not_measured(engine: Engine) -> None:
     assert bench(engine, replace(PLAN, prompt_tokens=0)).prefill is None
     assert bench(engine, replace(PLAN, decode_tokens=0)).decode is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_beside_a_token_all_is_read_that_it_reads_of_the_store(engine: Engine, tmp_path: Path) -> None:
+    decoding = Decoding(engine, context_tokens=5, n_tokens=2)
+
+    roof = measure(decoding, RangeReader(tmp_path, 1), n_tokens=2, rounds=3)
+
+    store = engine.store
+    experts = SMALL.n_layers * SMALL.top_k * store.expert_record(ExpertKey(0, 0)).nbytes
+    dense = sum(store.dense_record(name).nbytes for name in store.manifest.dense if name != "embed_tokens")
+    assert roof.nbytes == experts + dense
+    assert len(roof.read_s) == len(roof.decode_s) == len(roof.outside_s) == 3
+    assert all(0 <= outside_s < decode_s for outside_s, decode_s in zip(roof.outside_s, roof.decode_s, strict=True))
 
 
 def test_a_text_decoded_token_by_token_is_predicted_as_when_it_is_computed_at_once(engine: Engine) -> None:

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.bandwidth import STREAMS, BandwidthMeter
 from benchmarks.compiled import compiled
 from benchmarks.errors import CompileFailed
+from benchmarks.our_roof import RangeReader
 
 SOURCE = Path(__file__).parents[3] / "benchmarks" / "csrc" / "read_bandwidth.c"
 
@@ -42,6 +43,17 @@ def test_the_meter_returns_gigabytes_a_second(tmp_path: Path) -> None:
     meter = BandwidthMeter(memoryview(bytearray(4 << 20)), tmp_path)
 
     assert 0.01 < meter.best_gb_per_s(2) < 10_000
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_the_shares_of_all_threads_are_a_range_but_for_its_end(tmp_path: Path, n_threads: int) -> None:
+    ranges = [np.random.default_rng(n).integers(0, 1 << 64, size=n, dtype=np.uint64) for n in (64 * 12, 64 * 12 + 5)]
+
+    total = RangeReader(tmp_path, n_threads).read([memoryview(words).cast("B") for words in ranges])  # type: ignore[arg-type]
+
+    # 6 KiB, which 2, 4 and 6 streams of whole turns of 256 bytes are; 40 bytes are not.
+    assert total == int(sum(int(words[: 64 * 12].sum()) for words in ranges)) % (1 << 64)
 
 
 @needs_compiler
