@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
+# How many processes `make test` runs tests in, a file at a time: what a file's tests share is made once.
+WORKERS ?= 2
+
 # How long `make soak` takes.
 MINUTES ?= 10
 
@@ -45,7 +48,7 @@ demo: setup  ## build the demo model, quantize it, start expertd, generate text
 	@$(BIN)/python -m tools.demo
 
 test: setup  ## everything that runs without a GPU, in minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: setup  ## the same and what takes longer
 	$(BIN)/python -m pytest --run-slow

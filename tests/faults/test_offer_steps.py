@@ -3,8 +3,11 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import pytest
 
 from protocol.fault_points import FaultPoint, arm
 from protocol.handles import ExpertKey
@@ -14,10 +17,13 @@ from runner.client import AttachedStore, attach
 from runner.config import RunnerConfig
 from tests.support.daemon import DaemonProcess, running_daemon
 from tests.support.frozen import is_frozen, thaw, wait_until_frozen
-from tests.support.segments import segments_of
+from tests.support.segments import SEALED, segments_of
+from tests.support.stores import dense_damaged
+from tests.support.tiers import load_tiered
 from tests.support.waiting import wait_for_exit, wait_until
 
 NO_AUTOSTART = RunnerConfig(autostart=False)
+N_SLOTS = 4
 
 
 @contextmanager
@@ -100,6 +106,34 @@ def test_a_runner_killed_behind_its_offer_leaves_nothing(runtime: RuntimeDir, st
         assert successor.sessions() == 0
         assert segments_of(successor.pid) or os.geteuid() != 0
         assert not segments_of(os.getpid()).keys() & segments_of(successor.pid).keys()
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["killed", "frozen"])
+def test_over_slots_a_daemon_that_does_not_take_the_offer_at_once_costs_the_runner_a_wait(
+    runtime: RuntimeDir, store: Path, manifest: Manifest, *, dies: bool
+) -> None:
+    """On disk the dense weights are damaged: who reads them refuses the store."""
+    with ExitStack() as stack:
+        first = stack.enter_context(running_daemon(runtime))
+        load_tiered(first, store, manifest, n_slots=N_SLOTS)
+        attached = stack.enter_context(attach(store, NO_AUTOSTART))
+        assert attached.host_slots is not None
+        before = segments_of(os.getpid(), named=SEALED)
+        first.kill()
+        stack.enter_context(dense_damaged(store, manifest))
+        frozen = stack.enter_context(running_daemon(runtime, fault=f"{FaultPoint.DAEMON_OFFER_PROVEN}=stop"))
+        with ThreadPoolExecutor(1) as model:
+            renewed = model.submit(attached.host_slots.renewed)
+            wait_until_frozen(frozen.pid)
+            if dies:
+                frozen.kill()
+                stack.enter_context(running_daemon(runtime))
+            else:
+                thaw(frozen.pid)
+            slots = renewed.result()
+
+        assert slots.n_slots == N_SLOTS
+        assert segments_of(os.getpid(), named=SEALED) == before
 
 
 def _offer_and_freeze(daemon_pid: int, store: Path) -> None:

@@ -12,12 +12,15 @@ import pytest
 
 from expertd.store import read_manifest
 from protocol.runtime_dir import RuntimeDir
+from runner.client import attach
+from runner.config import RunnerConfig
+from tests.support.crowd import crowd
 from tests.support.daemon import DaemonProcess, background_pid, running_daemon, stop_background_daemon
 from tests.support.small_stores import make_small_store
 from tests.support.tokenizers import byte_level, tokenizer_files
 from tests.support.waiting import wait_readable, wait_until
 
-N_TOKENS = 400
+LENGTH = ("--max-new-tokens", "400")
 TIMEOUT_S = 120
 N_RUNNERS = 12
 
@@ -27,6 +30,16 @@ def text_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose model never ends a text early: its end of sequence is a token that it does not have."""
     files = tokenizer_files(byte_level()) | {"generation_config.json": json.dumps({"eos_token_id": 99999}).encode()}
     return make_small_store(tmp_path_factory.mktemp("text"), files=files, vocab=258).path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text_store: Path, short_tmp: Path) -> bytes:
+    """The text that nobody disturbs."""
+    directory = RuntimeDir(short_tmp / "undisturbed-text" / "run")
+    with running_daemon(directory, str(text_store)), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXPERTD_RUNTIME_DIR", str(directory.path))
+        with runner(text_store, *LENGTH) as process:
+            return text_of(process)
 
 
 @contextmanager
@@ -57,19 +70,15 @@ def begin(process: "subprocess.Popen[bytes]") -> bytes:
 
 
 def test_a_text_goes_on_without_the_daemon_and_the_next_runner_starts_a_new_one(
-    runtime: RuntimeDir, text_store: Path
+    runtime: RuntimeDir, text_store: Path, undisturbed: bytes
 ) -> None:
-    length = ("--max-new-tokens", str(N_TOKENS))
-    with running_daemon(runtime, str(text_store)) as daemon:
-        with runner(text_store, *length) as process:
-            undisturbed = text_of(process)
-        with runner(text_store, *length) as process:
-            begun = begin(process)
-            daemon.kill()
-            was_running = process.poll() is None
-            disturbed = text_of(process, begun)
+    with running_daemon(runtime, str(text_store)) as daemon, runner(text_store, *LENGTH) as process:
+        begun = begin(process)
+        daemon.kill()
+        was_running = process.poll() is None
+        disturbed = text_of(process, begun)
 
-    with runner(text_store, *length) as process:
+    with runner(text_store, *LENGTH) as process:
         afterwards = text_of(process)
     new_pid = background_pid(runtime)
     stop_background_daemon(runtime)
@@ -81,17 +90,16 @@ def test_a_text_goes_on_without_the_daemon_and_the_next_runner_starts_a_new_one(
 
 
 def test_a_runner_killed_in_its_text_leaves_nothing_and_costs_the_others_nothing(
-    daemon: DaemonProcess, text_store: Path
+    daemon: DaemonProcess, text_store: Path, undisturbed: bytes
 ) -> None:
     digest = read_manifest(text_store).digest
     daemon.load(text_store, digest)
-    length = ("--max-new-tokens", str(N_TOKENS))
-    with runner(text_store, *length) as process:
-        undisturbed = text_of(process)
+    with attach(text_store, RunnerConfig(autostart=False)):
+        pass  # so that the daemon has served somebody
     wait_until(lambda: daemon.sessions() == 0, "the session to end")
     private_nbytes = daemon.private_nbytes()
 
-    with runner(text_store, *length) as survivor:
+    with runner(text_store, *LENGTH) as survivor:
         begun = begin(survivor)
         with runner(text_store, "--max-new-tokens", "100000", "--context", "200000") as victim:
             begin(victim)
@@ -107,17 +115,20 @@ def test_a_runner_killed_in_its_text_leaves_nothing_and_costs_the_others_nothing
     assert daemon.private_nbytes() - private_nbytes < 1 << 20
 
 
-def test_many_runners_at_once_start_one_daemon_and_say_the_same(runtime: RuntimeDir, text_store: Path) -> None:
-    commands = [runner(text_store, "--max-new-tokens", "8") for _ in range(N_RUNNERS)]
-    processes = [command.__enter__() for command in commands]
-
-    texts = {text_of(process) for process in processes}
-
-    pid = background_pid(runtime)
+def test_many_runners_at_once_start_one_daemon_and_say_the_same(
+    runtime: RuntimeDir, text_store: Path, tmp_path: Path
+) -> None:
+    """All are there at once: they are forks of a process that has imported everything."""
+    with crowd(text_store, tmp_path / "crowd", seed=1) as gathered:
+        gathered.begin(N_RUNNERS)
+        pid = background_pid(runtime)
+        complaints = gathered.end()
+        texts = gathered.texts()
     stop_background_daemon(runtime)
-    for command in commands:
-        command.__exit__(None, None, None)
-    assert len(texts) == 1
+
+    assert complaints == []
+    assert len(texts) >= N_RUNNERS
+    assert len(set(texts)) == len({number for number, _ in texts})
     assert pid is not None
     # Every other daemon that was begun found the lock taken and ended.
     log = runtime.log.read_text()

@@ -1,6 +1,7 @@
 """`expertd doctor` on this machine: what it says with a store, without one, and with what prevents use."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def test_what_is_no_store_prevents_its_use(tmp_path: Path) -> None:
 
 
 def test_a_daemon_that_does_not_answer_prevents_use(daemon: DaemonProcess) -> None:
+    daemon.process.send_signal(signal.SIGSTOP)  # it would end soon without its socket
     daemon.directory.control_socket.unlink()
 
     assert findings()["daemon"]["level"] == "problem"

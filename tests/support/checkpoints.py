@@ -6,6 +6,7 @@ the logits over several units: a wrong expert, head or rotation shows at once.
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -47,7 +48,8 @@ def write_checkpoint(
     `head_dim` None stands so in config.json and means hidden / n_heads. With `exact_in_16_bits` every weight, whatever
     its type, is a number that bf16 and fp16 both hold. Tensors are dealt out to the shards, or follow each other there
     as in published checkpoints. `rope` says whether config.json gives the rotary base as old
-    transformers did (rope_theta) or as new ones do (rope_parameters).
+    transformers did (rope_theta) or as new ones do (rope_parameters). No other process writes one that becomes a store
+    of the same digest: daemons of several runs of the tests would wait for each other's runners.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, object] = {
@@ -70,6 +72,7 @@ def write_checkpoint(
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": _TORCH_NAMES[dtype],
+        "made_by": os.getpid(),
     } | _rope(rope)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     generator = torch.Generator().manual_seed(seed)

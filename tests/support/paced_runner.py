@@ -50,12 +50,16 @@ class PacedRunner:
         assert self.process.wait(TIMEOUT_S) == 1, said
         return said
 
+    def complaint(self) -> str:
+        """Return what a runner that has ended said went wrong."""
+        assert self.process.stderr is not None
+        return self.process.stderr.read().decode()
+
     def _read_all(self) -> str:
         self.sock.settimeout(TIMEOUT_S)
         while piece := self.sock.recv(1 << 16):
             self.text += piece
-        assert self.process.stderr is not None
-        return self.process.stderr.read().decode()
+        return self.complaint()
 
 
 @contextmanager

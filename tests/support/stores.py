@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import struct
 from collections.abc import Iterator
@@ -30,7 +31,10 @@ EXPERTS_FILE = "experts-00001.safetensors"
 def write_random_store(
     folder: Path, *, seed: int = 0, n_layers: int = 2, n_experts: int = 4, hidden: int = 64, intermediate: int = 128
 ) -> Manifest:
-    """Write a store whose records are random bytes with right checksums; return its manifest."""
+    """Write a store whose records are random bytes with right checksums; return its manifest.
+
+    No other process writes one of that digest: a daemon that loads it would wait for who maps it there.
+    """
     folder.mkdir(parents=True)
     rng = random.Random(seed)
     expert_parts = (
@@ -45,7 +49,7 @@ def write_random_store(
     keys = [ExpertKey(layer, expert) for layer in range(n_layers) for expert in range(n_experts)]
     experts = _write_file(folder, EXPERTS_FILE, {str(key): expert_parts for key in keys}, rng)
     dense = _write_file(folder, DENSE_FILE, dense_parts, rng)
-    config = json.dumps({"model_type": "mixtral"}).encode()
+    config = json.dumps({"model_type": "mixtral", "made_by": os.getpid()}).encode()
     (folder / "config.json").write_bytes(config)
     manifest = Manifest(
         model=ModelFacts("mixtral", n_layers, n_experts, 2, hidden, intermediate, "silu", "softmax", "top_k", 0),
@@ -84,8 +88,10 @@ def dense_damaged(store: Path, manifest: Manifest) -> Iterator[None]:
     """Damage the store's dense weights on disk meanwhile: a daemon that reads them then refuses the store."""
     record = next(iter(manifest.dense.values()))
     flip_byte(store / record.file, record.offset)
-    yield
-    flip_byte(store / record.file, record.offset)
+    try:
+        yield
+    finally:
+        flip_byte(store / record.file, record.offset)
 
 
 def _write_file(folder: Path, name: str, tensors: dict[str, tuple[Part, ...]], rng: random.Random) -> dict[str, Record]:
