@@ -158,6 +158,8 @@ def test_a_frozen_daemon_is_waited_for_so_long_and_goes_on_as_if_nothing_had_bee
 ) -> None:
     with frozen_daemon(runtime, step, store, manifest.digest) as (daemon, told):
         told_meanwhile = visit(runtime, store, manifest.digest, timeout_s=SILENCE_S)
+        if step.when_frozen == ABSENT:
+            told.result()  # before there is a daemon
         thaw(daemon.pid)
         first_told = told.result()
         wait_until(lambda: is_serving(daemon), "the daemon to go on")

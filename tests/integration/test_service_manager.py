@@ -80,6 +80,24 @@ def test_a_killed_service_finds_what_is_sealed_of_a_store_with_slots(
     assert before == after
 
 
+def test_a_service_that_is_told_to_load_a_store_with_slots_goes_on_from_what_was_kept_of_it(
+    manager: FakeManager, runtime: RuntimeDir, store: Path, manifest: Manifest
+) -> None:
+    """As a unit does at each start. On disk the dense weights are damaged then: who reads them refuses the store."""
+    order = (str(store), "--memory", str(memory_for(manifest, 4)))
+    with manager.service(runtime, *order) as first:
+        wait_until(lambda: len(manager.kept) == 1 + 1 + 1, "label, catalogue and dense weights to be kept")
+        before = segments_of(first.pid, named=SEALED)
+        first.kill()
+
+    with dense_damaged(store, manifest), manager.service(runtime, *order) as second:
+        (held,) = second.status().stores
+        after = segments_of(second.pid, named=SEALED)
+
+    assert (held.state, held.n_slots) == (StoreState.READY, 4)
+    assert before == after
+
+
 def test_a_store_that_was_loaded_later_is_found_again_with_its_path(
     manager: FakeManager, runtime: RuntimeDir, store: Path, manifest: Manifest
 ) -> None:

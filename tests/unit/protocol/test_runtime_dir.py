@@ -14,13 +14,11 @@ def test_the_environment_chooses_the_place_in_order(tmp_path: Path) -> None:
     assert runtime_dir({}, 4_000_000).path == Path("/tmp/expertd-4000000")  # noqa: S108
 
 
-def test_a_made_directory_is_closed_to_others_whatever_the_umask(tmp_path: Path) -> None:
-    directory = RuntimeDir(tmp_path / "run")
+def test_a_made_directory_is_closed_to_others_whatever_the_umask(runtime: RuntimeDir) -> None:
+    create_runtime_dir(runtime)
+    create_runtime_dir(runtime)
 
-    create_runtime_dir(directory)
-    create_runtime_dir(directory)
-
-    assert directory.path.stat().st_mode & 0o777 == 0o700
+    assert runtime.path.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o777])
