@@ -8,8 +8,8 @@ sockets, files, threads nor bytes. Its rules:
 - A slot that is leased or being read is not evicted. Leases of a session that fell silent can be taken; and when
   experts are waited for, no slot can be had and nothing is being read for STARVED_S, the oldest lease is taken: so
   sessions that hold slots and wait for more can never block each other for good.
-- A hint takes no lease. It is read only while fewer reads are under way than keep the disk busy, and only as long as
-  some session still foresees it.
+- A hint takes no lease. It is read only while fewer reads are under way than keep the disk busy, two at a time, and
+  only as long as some session still foresees it.
 """
 
 from collections.abc import Collection, Iterable
@@ -23,6 +23,8 @@ from protocol.handles import ExpertKey
 
 LEASE_TTL_S = 10.0
 STARVED_S = 1.0
+# One that is being read on a hint, and the next: which one that should be may be known better by then.
+_HINT_READS_MAX = 2
 
 
 class ReadOutcome(StrEnum):
@@ -368,8 +370,12 @@ class HostSlots:
             self._starved_since = self._now
         return self._now - self._starved_since >= STARVED_S
 
+    @property
+    def _n_hint_reads(self) -> int:
+        return len(self._reading) - self._n_awaited_reads
+
     def _start_hints(self, actions: Actions) -> None:
-        while len(self._reading) < self._n_reads_max:
+        while self._n_hint_reads < _HINT_READS_MAX and len(self._reading) < self._n_reads_max:
             foreseen = self._demand.next_hint(self._now)
             if foreseen is None:
                 return

@@ -30,6 +30,7 @@ class Job:
     n_checked: int = 0  # pieces whose bytes have gone into the checksum, in order
     is_being_checked: bool = False
     error: OSError | None = None
+    is_awaited: bool = False
     is_abandoned: bool = False
 
     @property
@@ -64,7 +65,6 @@ class Piece:
 
     job: Job
     number: int
-    is_awaited: bool
 
 
 class ReadQueue:
@@ -79,19 +79,21 @@ class ReadQueue:
 
     def put(self, job: Job, *, is_awaited: bool) -> None:
         """Add a record."""
+        job.is_awaited = is_awaited
         (self._awaited if is_awaited else self._foreseen)[job.key] = job
 
     def hasten(self, key: ExpertKey) -> None:
         """Note that somebody waits for a record that was only foreseen; one that is all begun needs no haste."""
         job = self._foreseen.pop(key, None)
         if job is not None:
+            job.is_awaited = True
             self._awaited[key] = job
 
     def next(self, *, is_hint_welcome: bool = True) -> Piece | None:
         """Return the next piece, which counts as begun; one that was only foreseen if that is welcome."""
         for jobs in (self._awaited, self._foreseen) if is_hint_welcome else (self._awaited,):
             for key, job in jobs.items():
-                piece = Piece(job, job.n_begun, jobs is self._awaited)
+                piece = Piece(job, job.n_begun)
                 job.n_begun += 1
                 if job.n_begun == job.n_pieces:
                     del jobs[key]

@@ -68,10 +68,10 @@ class RecordReader:
         self._turn = threading.Lock()  # one thread at a time waits for a limited disk
         self._stopping = threading.Event()
         self._n_to_take = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
-        # What somebody waits for next finds a thread, and a disk that is not busy for long.
+        # Of what nobody waits for, so that what somebody waits for next finds a thread, and a disk that is free soon.
         self._n_hints_max = max(1, n_threads // 2)
-        self._n_hints = 0  # pieces that are being read and nobody waits for
-        self._n_put_off = 0  # pieces that were not taken because of that
+        self._being_read: list[Job] = []  # one for each piece
+        self._n_put_off = 0  # pieces that nobody waits for, not taken though a thread was there
         self._n_running = n_threads
         self._threads = [
             threading.Thread(target=self._run, name=f"expertd-read-{number}", daemon=True)
@@ -93,6 +93,8 @@ class RecordReader:
         """Have an expert read before what nobody waits for."""
         with self._lock:
             self._queue.hasten(key)
+            for job in self._being_read:
+                job.is_awaited |= job.key == key
             n_pieces = self._put_off_no_longer(self._n_put_off)
         self._call_for(n_pieces)
 
@@ -167,12 +169,18 @@ class RecordReader:
             return piece, limit.take(stop - start, piece.job.asked_at)
 
     def _next(self) -> Piece | None:
-        piece = self._queue.next(is_hint_welcome=self._n_hints < self._n_hints_max)
+        piece = self._queue.next(is_hint_welcome=self._n_hints_welcome() > 0)
         if piece is None:
             self._n_put_off += bool(self._queue)
         else:
-            self._n_hints += not piece.is_awaited
+            self._being_read.append(piece.job)
         return piece
+
+    def _n_hints_welcome(self) -> int:
+        """Return how many more pieces that nobody waits for may be read: they take their share of the disk."""
+        if any(job.is_awaited for job in self._being_read):
+            return 0
+        return max(0, self._n_hints_max - len(self._being_read))
 
     def _call_for(self, n_pieces: int) -> None:
         if n_pieces:
@@ -204,8 +212,8 @@ class RecordReader:
                 self._queue.drop(job)
             is_mine = not job.is_being_checked  # else whoever checks looks again
             job.is_being_checked = True
-            self._n_hints -= not piece.is_awaited
-            n_pieces = self._put_off_no_longer(self._n_hints_max - self._n_hints)
+            self._being_read.remove(job)
+            n_pieces = self._put_off_no_longer(self._n_hints_welcome())
         self._call_for(n_pieces)
         if is_mine:
             self._check(job)

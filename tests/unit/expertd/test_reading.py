@@ -295,3 +295,22 @@ def test_what_is_hastened_has_all_threads(big: Path) -> None:
     files.allowed.release(100)
     assert reading.next_end().outcome is ReadOutcome.WHOLE
     reading.close()
+
+
+def test_nothing_is_read_on_a_hint_while_something_is_read_that_somebody_waits_for(big: Path) -> None:
+    files = Gated(big)
+    reading = Reading(files)
+    n_pieces = -(-reading.manifest.experts[A].nbytes // PIECE_NBYTES)
+    reading.read(A)
+    for _ in range(N_THREADS):
+        assert files.begun.acquire(timeout=WITHIN_S)
+
+    reading.read(B, is_awaited=False)
+    files.allowed.release(n_pieces - 1)  # all of the first but its last piece
+    for _ in range(n_pieces - N_THREADS):
+        assert files.begun.acquire(timeout=WITHIN_S)
+
+    assert not files.begun.acquire(timeout=0.05)
+    files.allowed.release(100)
+    assert {reading.next_end().key, reading.next_end().key} == {A, B}
+    reading.close()
