@@ -16,7 +16,8 @@ from functools import lru_cache
 import zmq
 
 from expertd.errors import StartFailed
-from expertd.service import Reply, Service
+from expertd.requests import Reply
+from expertd.service import Service
 from expertd.sessions import Session
 from protocol.codec import decode, encode
 from protocol.errors import MalformedMessage
@@ -106,7 +107,7 @@ class RequestServer(threading.Thread):
 
     def _wait_ms(self) -> int | None:
         with self._lock:
-            self._collect_at = self._service.next_collection()
+            self._collect_at = self._service.requests.next_collection()
         return None if self._collect_at is None else math.ceil(max(0.0, self._collect_at - self._clock()) * 1000)
 
     def _is_collection_due(self) -> bool:
@@ -116,7 +117,7 @@ class RequestServer(threading.Thread):
         with suppress(BlockingIOError):
             os.read(self._wake_reader, 4096)
         with self._lock:
-            replies = self._service.collect_replies(self._clock())
+            replies = self._service.requests.collect(self._clock())
         self._send(replies)
 
     def _serve_waiting(self) -> None:
@@ -167,7 +168,7 @@ class RequestServer(threading.Thread):
             return [Reply(session, RequestRefusal(0, outcome.reply))] if isinstance(outcome.reply, Refused) else []
         reached(FaultPoint.DAEMON_REQUEST_RECEIVED)
         began_at = self._clock()
-        replies = self._service.handle_request(session, message, began_at)
+        replies = self._service.requests.handle(session, message, began_at)
         own = next((reply.message for reply in replies if reply.session is session), None)
         self._service.counters.request(message, own, self._clock() - began_at)
         return replies

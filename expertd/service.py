@@ -9,17 +9,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from expertd.budget import ALL_THERE_IS, MemoryWish
 from expertd.counters import BadMessage, Counters, Rejection, SlotUse
-from expertd.host_slots import SessionFigures
 from expertd.loader import LoadedStore
 from expertd.offers import Adoption, Offers
+from expertd.requests import Requests
 from expertd.sessions import Session, SessionTable
 from expertd.store import path_problem
 from expertd.stores import HeldStore, StoreTable
-from expertd.tiered import TieredReply, TieredStore
 from protocol import messages as m
 from protocol.fdpass import Credentials
 from protocol.messages import Code, Message, Refused, StoreState
@@ -39,13 +37,6 @@ class MemoryFigures:
 
     private_nbytes: int
     available_nbytes: int
-
-
-class Reply(NamedTuple):
-    """An answer on the request channel, and whose it is."""
-
-    session: Session
-    message: Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +73,10 @@ class Service:
         self._sessions = SessionTable()
         self._stores = StoreTable()
         self.offers = Offers(self._stores, self._sessions)
+        self.requests = Requests(self._stores, self._sessions, wake_requests)
         self._n_bad_messages = 0
         self.counters = Counters()
         self._is_draining = False
-        self._wake_requests = wake_requests
-        self._unsent: list[Reply] = []
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
@@ -107,9 +97,8 @@ class Service:
         if store is None or not is_open:
             return
         self._busy_at = now
-        self.counters.ended_sessions.add(self._figures(session, now))
-        if store.tiered:
-            self._send_later(store.tiered.close_session(session.session_id, now))
+        self.counters.ended_sessions.add(session.figures(now))
+        self.requests.end_session(session, now)
         if store.state is StoreState.ORPHANED and not self._sessions.attached_to(store):
             self._stores.forget_orphan(store)
 
@@ -192,14 +181,14 @@ class Service:
             available_nbytes=memory.available_nbytes,
             n_bad_messages=self._n_bad_messages,
             stores=tuple(self._store_status(store) for store in self._stores.all()),
-            sessions=tuple(session.status(self._figures(session, now), now) for session in self._sessions),
+            sessions=tuple(session.status(now) for session in self._sessions),
         )
 
     def slot_use(self, now: float) -> SlotUse:
         """Return what all sessions since the start have had of slots."""
         use = self.counters.copy().ended_sessions
         for session in self._sessions:
-            use.add(self._figures(session, now))
+            use.add(session.figures(now))
         return use
 
     def drain(self) -> None:
@@ -251,54 +240,7 @@ class Service:
         """Return the session of that token if it is that process's."""
         return self._sessions.with_token(token, peer)
 
-    def handle_request(self, session: Session, message: Message, now: float) -> list[Reply]:
-        """Return the answers that a message on the request channel leads to, to whomever."""
-        session.n_requests += 1
-        tiered = session.store.tiered if session.store else None
-        match message:
-            case m.GetStats(request_id):
-                return self._tell_stats(session, request_id, now)
-            case m.Acquire() | m.Release() | m.Prefetch() if tiered:
-                return self._ask_slots(session, tiered, message, now)
-            case m.Acquire(request_id):
-                return self._refuse(session, request_id, self._why_no_lease(session))
-            case m.Release() | m.Prefetch():
-                return []  # without slots nothing is leased, foreseen or old
-        raise TypeError(f"{type(message).__name__} is not decoded on the request channel")
-
-    def collect_replies(self, now: float) -> list[Reply]:
-        """Return the answers that are due for another reason than a request: what was read, who left, time."""
-        replies, self._unsent = self._unsent, []
-        for store in self._stores.all():
-            if store.tiered:
-                replies += self._addressed(store.tiered.collect(now))
-        return replies
-
-    def next_collection(self) -> float | None:
-        """Return when `collect_replies` is to be called if nothing happens."""
-        ticks = [store.tiered.slots.next_tick for store in self._stores.all() if store.tiered]
-        return min((tick for tick in ticks if tick is not None), default=None)
-
     # --- private --------------------------------------------------------------------------------------------------
-
-    def _tell_stats(self, session: Session, request_id: int, now: float) -> list[Reply]:
-        if session.store and session.store.tiered:
-            session.store.tiered.seen(session.session_id, now)
-        return [Reply(session, session.stats(request_id, self._figures(session, now), now))]
-
-    def _ask_slots(
-        self, session: Session, tiered: TieredStore, message: m.Acquire | m.Release | m.Prefetch, now: float
-    ) -> list[Reply]:
-        match message:
-            case m.Acquire(request_id, keys):
-                if (unknown := tiered.first_unknown(keys)) is not None:
-                    return self._refuse(session, request_id, Refused(Code.UNKNOWN_EXPERT, f"no expert {unknown}"))
-                return self._addressed(tiered.acquire(session.session_id, request_id, keys, now))
-            case m.Release(_, keys):
-                return self._addressed(tiered.release(session.session_id, keys, now))
-            case m.Prefetch(_, keys, deadline_ms):
-                known = [key for key in keys if tiered.first_unknown([key]) is None]
-                return self._addressed(tiered.prefetch(session.session_id, known, now + deadline_ms / 1000, now))
 
     def _reject(self, why: Rejection, refusal: Refused) -> Refused:
         self.counters.rejections[why] += 1
@@ -362,28 +304,6 @@ class Service:
 
     def _store_status(self, store: HeldStore) -> m.StoreStatus:
         return store.status(len(self._sessions.attached_to(store)))
-
-    def _figures(self, session: Session, now: float) -> SessionFigures:
-        tiered = session.store.tiered if session.store else None
-        return tiered.figures(session.session_id, now) if tiered else SessionFigures()
-
-    def _refuse(self, session: Session, request_id: int, reason: Refused) -> list[Reply]:
-        session.n_refused += 1
-        return [Reply(session, m.RequestRefusal(request_id, reason))]
-
-    def _addressed(self, replies: list[TieredReply]) -> list[Reply]:
-        found = [(self._sessions.find(reply.session), reply.message) for reply in replies]
-        return [Reply(session, message) for session, message in found if session is not None]
-
-    def _send_later(self, replies: list[TieredReply]) -> None:
-        if replies:
-            self._unsent += self._addressed(replies)
-            self._wake_requests()
-
-    def _why_no_lease(self, session: Session) -> Refused:
-        if session.store is None:
-            return Refused(Code.NOT_ATTACHED, "attach to a store first")
-        return Refused(Code.STORE_IS_RESIDENT, "every expert is mapped already; no lease is needed")
 
     def _orphans_hint(self) -> str:
         orphaned = [s for s in self._sessions if s.store is not None and s.store.state is StoreState.ORPHANED]

@@ -24,8 +24,14 @@ class Session:
     n_refused: int = 0
     routing_id: bytes = b""  # where its answers go, from its last request; the request thread's
 
-    def status(self, figures: SessionFigures, now: float) -> SessionStatus:
+    def figures(self, now: float) -> SessionFigures:
+        """Return what it has had of slots."""
+        tiered = self.store.tiered if self.store else None
+        return tiered.figures(self.session_id, now) if tiered else SessionFigures()
+
+    def status(self, now: float) -> SessionStatus:
         """Return what `status` shows of this session."""
+        figures = self.figures(now)
         return SessionStatus(
             pid=self.peer.pid,
             library_version=self.library_version,
@@ -38,8 +44,9 @@ class Session:
             waited_s=figures.waited_s,
         )
 
-    def stats(self, request_id: int, figures: SessionFigures, now: float) -> Stats:
+    def stats(self, request_id: int, now: float) -> Stats:
         """Return what this session is told of itself."""
+        figures = self.figures(now)
         return Stats(
             request_id=request_id,
             age_s=max(0.0, now - self.opened_at),

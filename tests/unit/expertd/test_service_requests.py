@@ -1,6 +1,6 @@
 """The request channel of a store that is resident: counters, hints, and leases nobody needs."""
 
-from expertd.service import Reply
+from expertd.requests import Reply
 from protocol import messages as m
 from protocol.handles import ExpertKey
 from protocol.messages import Code
@@ -18,9 +18,9 @@ def refusal_of(replies: list[Reply]) -> tuple[int, Code]:
 def test_stats_count_what_a_session_asked_and_was_refused() -> None:
     service = new_service()
     session = connect(service, now=10.0)
-    service.handle_request(session, m.Acquire(1, KEYS), 11.0)
+    service.requests.handle(session, m.Acquire(1, KEYS), 11.0)
 
-    replies = service.handle_request(session, m.GetStats(2), 14.0)
+    replies = service.requests.handle(session, m.GetStats(2), 14.0)
 
     assert replies == [Reply(session, m.Stats(2, 4.0, 2, 1, 0))]
 
@@ -29,7 +29,7 @@ def test_a_prefetch_is_a_hint_and_gets_no_answer() -> None:
     service = new_service()
     session = connect(service)
 
-    replies = service.handle_request(session, m.Prefetch(1, KEYS, 50), 0.0)
+    replies = service.requests.handle(session, m.Prefetch(1, KEYS, 50), 0.0)
 
     assert replies == []
 
@@ -38,7 +38,7 @@ def test_a_lease_needs_an_attached_store() -> None:
     service = new_service()
     session = connect(service)
 
-    replies = service.handle_request(session, m.Acquire(7, KEYS), 0.0)
+    replies = service.requests.handle(session, m.Acquire(7, KEYS), 0.0)
 
     assert refusal_of(replies) == (7, Code.NOT_ATTACHED)
 
@@ -49,7 +49,7 @@ def test_a_resident_store_leases_nothing() -> None:
     put_store(service)
     attach(service, session)
 
-    replies = service.handle_request(session, m.Acquire(8, KEYS), 0.0)
+    replies = service.requests.handle(session, m.Acquire(8, KEYS), 0.0)
 
     assert refusal_of(replies) == (8, Code.STORE_IS_RESIDENT)
     service.close()
@@ -59,7 +59,7 @@ def test_giving_back_what_needs_no_lease_is_not_answered() -> None:
     service = new_service()
     session = connect(service)
 
-    replies = service.handle_request(session, m.Release(8, KEYS), 0.0)
+    replies = service.requests.handle(session, m.Release(8, KEYS), 0.0)
 
     assert replies == []
 

@@ -8,7 +8,8 @@ import pytest
 from expertd.budget import MemoryWish
 from expertd.host_slots import LEASE_TTL_S
 from expertd.loader import Loader, LoaderSettings, LoadProgress
-from expertd.service import MemoryFigures, Reply, Service
+from expertd.requests import Reply
+from expertd.service import MemoryFigures, Service
 from expertd.sessions import Session
 from protocol import messages as m
 from protocol.handles import ExpertKey
@@ -48,14 +49,14 @@ class Tiered:
         return session
 
     def ask(self, session: Session, message: m.Message, now: float = 0.0) -> list[Reply]:
-        return self.service.handle_request(session, message, now)
+        return self.service.requests.handle(session, message, now)
 
     def collected(self, n_replies: int, now: float = 0.0) -> list[Reply]:
         """Return so many replies of those that come without a request."""
         replies: list[Reply] = []
 
         def are_there() -> bool:
-            replies.extend(self.service.collect_replies(now))
+            replies.extend(self.service.requests.collect(now))
             return len(replies) >= n_replies
 
         wait_until(are_there, f"{n_replies} replies")
@@ -175,15 +176,15 @@ def test_a_hint_for_what_no_store_has_is_passed_over(tiered: Tiered) -> None:
 
 def test_time_matters_only_while_somebody_waits_for_a_slot(tiered: Tiered) -> None:
     holder, other = tiered.session(1), tiered.session(2)
-    before = tiered.service.next_collection()
+    before = tiered.service.requests.next_collection()
     tiered.lease(holder, A, B, C, D)
 
     tiered.ask(other, m.Acquire(5, (E,)), now=2.0)
 
     assert before is None
-    assert tiered.service.next_collection() == 3.0
+    assert tiered.service.requests.next_collection() == 3.0
 
 
 def _is_there(tiered: Tiered, session: Session) -> bool:
-    tiered.service.collect_replies(0.0)
+    tiered.service.requests.collect(0.0)
     return session.store is not None and session.store.tiered is not None and session.store.tiered.slots.n_loads == 1
