@@ -3,14 +3,15 @@
 A request is three frames: the routing id ZeroMQ adds, the session's token, one message. Frames without a valid token
 from that very process are counted and ignored. ROUTER cannot disconnect a peer, so a peer that misbehaves loses its
 session instead. Who blocks whom: nobody; a peer that does not read loses its reply.
+
+The thread waits in one call, for the next frames on its socket: a poll before, over the socket and a pipe, would cost
+every request more than its message does. So whoever wakes the thread is a peer of the same socket, inside the process.
 """
 
 import logging
 import math
-import os
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
 
 import zmq
@@ -32,8 +33,11 @@ logger = logging.getLogger(__name__)
 LIBZMQ_LOWEST = (4, 3, 5)  # earlier ones have known holes
 _FRAMES_MAX = 3
 _QUEUE_LENGTH = 64
-_REQUESTS_AT_ONCE = 16
-_READABLE = int(zmq.POLLIN)  # the enumeration's own arithmetic would cost more than the question
+# The enumerations' own arithmetic would cost more than the calls.
+_NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+# Taken before anybody else can come, and ROUTER admits no second peer of an id: frames with it are the waker's.
+_WAKER = b"waker"
+_WAKER_ENDPOINT = "inproc://waker"
 
 
 class RequestServer(threading.Thread):
@@ -59,8 +63,7 @@ class RequestServer(threading.Thread):
         self._drop_session = drop_session
         self._on_failure = on_failure
         self._collect_at: float | None = None
-        self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
-        self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._is_stopping = False
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         for option, value in (
@@ -72,91 +75,107 @@ class RequestServer(threading.Thread):
             (zmq.HANDSHAKE_IVL, 2000),
         ):
             self._socket.setsockopt(option, value)
+        self._socket.bind(_WAKER_ENDPOINT)
+        self._waker = self._context.socket(zmq.DEALER)
+        self._waker.setsockopt(zmq.ROUTING_ID, _WAKER)
+        self._waker.connect(_WAKER_ENDPOINT)
+        self._waker_lock = threading.Lock()
+        self._is_woken = False
         self._socket.bind(directory.request_endpoint)
         reached(FaultPoint.DAEMON_REQUESTS_BOUND)
 
     def run(self) -> None:
         """Answer requests until stopped, or until a fault of ours, which ends the daemon."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._stop_reader, zmq.POLLIN)
-        poller.register(self._wake_reader, zmq.POLLIN)
         try:
-            while self._stop_reader not in (events := dict(poller.poll(self._wait_ms()))):
-                if self._socket in events:
-                    self._serve_waiting()
-                if self._wake_reader in events or self._is_collection_due():
-                    self._collect()
+            while not self._is_stopping:
+                self._serve_next()
         except Exception:  # the one net of this thread: without it, it would end in silence
             logger.exception("the request thread failed by a fault of ours")
             self._on_failure()
 
     def wake(self) -> None:
-        """Have the thread look for answers that are due; may be called from any thread."""
-        with suppress(BlockingIOError):  # a full pipe wakes it just as well
-            os.write(self._wake_writer, b"\0")
+        """Have the thread look for answers that are due; may be called from any thread, and when it has ended."""
+        with self._waker_lock:
+            if not self._is_woken:  # else a word is on its way already
+                self._is_woken = True
+                self._waker.send(b"", _NOBLOCK)
 
     def stop(self) -> None:
         """End the thread and close the socket."""
-        os.write(self._stop_writer, b"\0")
+        self._is_stopping = True
+        self.wake()
         self.join()
+        with self._waker_lock:
+            self._is_woken = True  # for good: there is nobody to be woken
+            self._waker.close()
         self._socket.close()
         self._context.term()
-        for fd in (self._stop_reader, self._stop_writer, self._wake_reader, self._wake_writer):
-            os.close(fd)
 
-    def _wait_ms(self) -> int | None:
-        with self._lock:
-            self._collect_at = self._service.requests.next_collection()
-        return None if self._collect_at is None else math.ceil(max(0.0, self._collect_at - self._clock()) * 1000)
-
-    def _is_collection_due(self) -> bool:
-        return self._collect_at is not None and self._collect_at <= self._clock()
-
-    def _collect(self) -> None:
-        with suppress(BlockingIOError):
-            os.read(self._wake_reader, 4096)
-        with self._lock:
-            replies = self._service.requests.collect(self._clock())
-        self._send(replies)
-
-    def _serve_waiting(self) -> None:
-        """Answer what has come in, so much of it that nobody who is woken for something else waits long."""
-        with suppress(zmq.Again):
-            for _ in range(_REQUESTS_AT_ONCE):
-                self._serve_one()
-                if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:
-                    return
-
-    def _serve_one(self) -> None:
-        """Answer one request; raise zmq.Again if there is none."""
-        frames = self._receive_frames()
-        if frames is None:
-            with self._lock:
-                self._service.note_stray_frame()
+    def _serve_next(self) -> None:
+        """Wait for a request, a word or a time, and do what is due."""
+        try:
+            routing_id = self._socket.recv()
+        except zmq.Again:  # it is time
+            self._collect()
             return
-        routing_id, token, data = frames
+        frames = self._receive_frames()
+        if routing_id == _WAKER:
+            self._is_woken = False  # before looking: who has news from here on says so anew
+            self._collect()
+            return
+        if frames is None:
+            self._note_stray_frame()
+        else:
+            self._serve(routing_id, *frames)
+        if self._collect_at is not None and self._collect_at <= self._clock():
+            self._collect()
+
+    def _receive_frames(self) -> tuple[zmq.Frame, zmq.Frame] | None:
+        """Return a request's token and message; None if it had more or fewer frames. The rest is read and forgotten."""
+        # A message comes whole or not at all: what is read here is there, and ROUTER puts its id before something.
+        frame = self._socket.recv(copy=False)
+        frames = [frame]
+        n_frames = 2
+        while frame.more:
+            frame = self._socket.recv(copy=False)
+            n_frames += 1
+            if n_frames <= _FRAMES_MAX:
+                frames.append(frame)
+        return (frames[0], frames[1]) if n_frames == _FRAMES_MAX else None
+
+    def _serve(self, routing_id: bytes, token: zmq.Frame, data: zmq.Frame) -> None:
+        """Answer one request."""
         peer = _credentials(token)
         with self._lock:
             session = self._service.session_of(token.bytes, peer) if peer is not None else None
             if session is None:
                 self._service.note_stray_frame()
                 return
-            session.routing_id = routing_id.bytes
+            session.routing_id = routing_id
             replies = self._answer(session, data.bytes)
+            collect_at = self._service.requests.next_collection()
         self._send(replies)
+        self._wait_until(collect_at)
 
-    def _receive_frames(self) -> tuple[zmq.Frame, zmq.Frame, zmq.Frame] | None:
-        """Return the three frames of a request; None if there were more or fewer. The rest is read and forgotten."""
-        # A message comes whole or not at all: only its first frame may be missing.
-        frame = self._socket.recv(zmq.NOBLOCK, copy=False)
-        frames, n_frames = [frame], 1
-        while frame.more:
-            frame = self._socket.recv(copy=False)
-            n_frames += 1
-            if n_frames <= _FRAMES_MAX:
-                frames.append(frame)
-        return (frames[0], frames[1], frames[2]) if n_frames == _FRAMES_MAX else None
+    def _note_stray_frame(self) -> None:
+        with self._lock:
+            self._service.note_stray_frame()
+
+    def _collect(self) -> None:
+        """Send the answers that are due for another reason than a request."""
+        with self._lock:
+            replies = self._service.requests.collect(self._clock())
+            collect_at = self._service.requests.next_collection()
+        self._send(replies)
+        self._wait_until(collect_at)
+
+    def _wait_until(self, collect_at: float | None) -> None:
+        """Have the socket give up waiting for requests at that time."""
+        if collect_at is None and self._collect_at is None:
+            return
+        self._collect_at = collect_at
+        wait_ms = -1 if collect_at is None else math.ceil(max(0.0, collect_at - self._clock()) * 1000)
+        self._socket.setsockopt(zmq.RCVTIMEO, wait_ms)
 
     def _answer(self, session: Session, data: bytes) -> list[Reply]:
         try:
@@ -169,19 +188,32 @@ class RequestServer(threading.Thread):
         reached(FaultPoint.DAEMON_REQUEST_RECEIVED)
         began_at = self._clock()
         replies = self._service.requests.handle(session, message, began_at)
-        own = next((reply.message for reply in replies if reply.session is session), None)
+        own = None
+        for answered, reply in replies:
+            if answered is session:
+                own = reply
+                break
         self._service.counters.request(message, own, self._clock() - began_at)
         return replies
 
     def _send(self, replies: list[Reply]) -> None:
-        for reply in replies:
+        for session, message in replies:
+            data = encode(message)
             try:
-                data = encode(reply.message)
-                self._socket.send(reply.session.routing_id, zmq.SNDMORE | zmq.NOBLOCK)
-                self._socket.send(data, zmq.NOBLOCK)
+                self._send_to(session.routing_id, data)
                 reached(FaultPoint.DAEMON_REQUEST_ANSWERED)
             except zmq.ZMQError as error:
                 logger.warning("reply dropped error=%s", error)
+
+    def _send_to(self, routing_id: bytes, data: bytes) -> None:
+        """Send an answer; raise ZMQError if its peer is gone, or does not read."""
+        try:
+            self._socket.send(routing_id, _NOBLOCK_MORE)
+        except zmq.Again:
+            # While requests come without a break, the socket learns only now and then of what has been read.
+            self._socket.getsockopt(zmq.EVENTS)
+            self._socket.send(routing_id, _NOBLOCK_MORE)
+        self._socket.send(data, _NOBLOCK)
 
 
 def libzmq_version() -> tuple[int, ...]:
