@@ -17,21 +17,23 @@ class SlotMemory:
         self._builders = builders
         self._table_builder = table
         self._table = SlotTableWriter(table.view, area.n_slots)
+        self._handles: dict[int, ExpertHandle] = {}  # of what lies in slots, each asked for with every request
 
     def begin(self, slot: int, nbytes: int) -> memoryview:
         """Say that a slot's content is gone; return the memory to write so many bytes of a record to."""
+        self._handles.pop(slot, None)
         self._table.begin(slot)
         segment, offset = self.area.place(slot)
         return self._builders[segment - self.area.first_segment].view[offset : offset + nbytes]
 
-    def publish(self, slot: int, key: ExpertKey) -> None:
-        """Say that a slot holds that expert, whole and checked."""
-        self._table.publish(slot, key)
-
-    def handle(self, key: ExpertKey, slot: int, nbytes: int) -> ExpertHandle:
-        """Return where an expert lies, with the generation of now."""
+    def publish(self, slot: int, key: ExpertKey, nbytes: int) -> None:
+        """Say that a slot holds that expert's record of so many bytes, whole and checked."""
         segment, offset = self.area.place(slot)
-        return ExpertHandle(key, segment, offset, nbytes, self._table.generation(slot))
+        self._handles[slot] = ExpertHandle(key, segment, offset, nbytes, self._table.publish(slot, key))
+
+    def handle(self, slot: int) -> ExpertHandle:
+        """Return where the expert lies that a slot holds."""
+        return self._handles[slot]
 
     def close(self) -> None:
         """Give up the mappings; clients' own keep the memory. Nobody may be writing into a slot."""

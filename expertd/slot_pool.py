@@ -108,9 +108,10 @@ class SlotPool:
     def lease(self, key: ExpertKey, session: int, now: float) -> Slot:
         """Return the ready slot of an expert, which the session leases from now on."""
         slot = self._by_key[key]
+        if not slot.holders:
+            self._order.keep(key)
         slot.holders[session] = now
         self._leased_by.setdefault(session, {})[key] = slot
-        self._order.keep(key)
         return slot
 
     def give_back(self, key: ExpertKey, session: int) -> bool:

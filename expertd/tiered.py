@@ -155,7 +155,7 @@ class TieredStore:
     def _on_read_end(self, end: ReadEnd) -> None:
         """Called in a reader thread, or where a read is given up."""
         if end.outcome is ReadOutcome.WHOLE:
-            self._memory.publish(end.slot, end.key)
+            self._memory.publish(end.slot, end.key, self._catalogue.manifest.experts[end.key].nbytes)
         self._ended.append(end)
         self._wake()
 
@@ -185,8 +185,7 @@ class TieredStore:
         return replies
 
     def _replies(self, grant: Grant, pinned: tuple[ExpertHandle, ...]) -> list[TieredReply]:
-        experts = self._catalogue.manifest.experts
-        handles = pinned + tuple([self._memory.handle(key, slot, experts[key].nbytes) for key, slot in grant.granted])
+        handles = pinned + tuple([self._memory.handle(slot) for _, slot in grant.granted])
         refusals = tuple(KeyRefusal(key, _REASONS[outcome]) for key, outcome in grant.refused)
         replies = []
         while len(refusals) > REFUSALS_MAX:

@@ -9,8 +9,8 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from protocol.errors import DaemonUnavailable, MalformedMessage
 
@@ -20,8 +20,7 @@ _FD_NBYTES = array.array("i").itemsize
 _CREDENTIALS = struct.Struct("3i")
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(NamedTuple):
     """Who opened the other end of a socket, as the kernel knows it."""
 
     pid: int

@@ -14,8 +14,7 @@ class ExpertKey(NamedTuple):
         return f"layers.{self.layer}.experts.{self.expert}"
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertHandle:
+class ExpertHandle(NamedTuple):
     """Where one expert's record lies in the attached segments; `generation` changes when a slot is refilled."""
 
     key: ExpertKey

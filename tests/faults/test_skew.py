@@ -135,7 +135,7 @@ def displaced_catalogue(manifest: Manifest) -> int:
     """A catalogue with one expert a page behind the end of its segment."""
     planned = plan_catalogue(manifest)
     key, handle = next(reversed(planned.experts.items()))
-    moved = replace(handle, offset=planned.segments_nbytes[handle.segment] - handle.nbytes + 4096)
+    moved = handle._replace(offset=planned.segments_nbytes[handle.segment] - handle.nbytes + 4096)
     return make_segment("expertd-catalogue", encode_catalogue(replace(planned, experts=planned.experts | {key: moved})))
 
 

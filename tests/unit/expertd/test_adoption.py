@@ -121,8 +121,8 @@ def hide_an_expert(offer: Offer) -> None:
 def swap_two_experts(offer: Offer) -> None:
     one, two = offer.catalogue.experts[KEY], offer.catalogue.experts[ExpertKey(0, 0)]
     swapped = offer.catalogue.experts | {
-        one.key: replace(one, offset=two.offset),
-        two.key: replace(two, offset=one.offset),
+        one.key: one._replace(offset=two.offset),
+        two.key: two._replace(offset=one.offset),
     }
     offer.replace_catalogue(replace(offer.catalogue, experts=swapped))
 

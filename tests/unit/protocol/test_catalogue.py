@@ -33,7 +33,7 @@ def tiered(tmp_path: Path) -> Catalogue:
 
 
 def with_handle(catalogue: Catalogue, **changes: int) -> Catalogue:
-    handle = dataclasses.replace(catalogue.experts[KEY], **changes)  # type: ignore[arg-type]
+    handle = catalogue.experts[KEY]._replace(**changes)  # type: ignore[arg-type]
     return dataclasses.replace(catalogue, experts=catalogue.experts | {KEY: handle})
 
 

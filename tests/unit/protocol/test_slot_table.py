@@ -1,7 +1,5 @@
 """Where slots lie, and what the table says of them while the daemon fills them."""
 
-import dataclasses
-
 import pytest
 
 from protocol.errors import SegmentError
@@ -53,7 +51,7 @@ def test_a_handle_names_its_slot() -> None:
 )
 def test_a_handle_that_names_no_slot_is_refused(changes: dict[str, int]) -> None:
     with pytest.raises(SegmentError, match=str(KEY)):
-        AREA.slot_of(dataclasses.replace(handle(0), **changes))  # type: ignore[arg-type]
+        AREA.slot_of(handle(0)._replace(**changes))  # type: ignore[arg-type]
 
 
 def test_an_empty_table_holds_nothing() -> None:
