@@ -1,4 +1,7 @@
-"""One, two and four runners that decode at the same time on one store: what they do together, and against one alone."""
+"""One, two and four runners that decode at the same time on one store: what they do together, and against one alone.
+
+The store is resident, so that they need no message; what the daemon still does meanwhile is a figure, too.
+"""
 
 import json
 import subprocess
@@ -6,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 
 from benchmarks.errors import CommandFailed, NothingToMeasure
 from benchmarks.figures import Figure, ratios
@@ -50,28 +53,38 @@ def measure_several(environment: Environment, settings: Settings) -> list[Figure
         pid = int(json.loads(environment.expertd("status", "--json"))["pid"])
         for _ in range(settings.rounds):
             for count in COUNTS:
-                used_s, start = processor_s(pid), time.perf_counter()
-                totals[count].append(_total_tokens_per_s(environment, settings.store, count, settings.threads))
-                share = (processor_s(pid) - used_s) / (time.perf_counter() - start)
-            daemon_shares.append(100 * share)
+                together = _decode_together(environment, settings, count, pid)
+                totals[count].append(together.tokens_per_s)
+            daemon_shares.append(100 * together.daemon_share)
     return [
-        Figure(f"the daemon beside {COUNTS[-1]} runners, of one processor", "%", tuple(daemon_shares)),
+        Figure(f"the daemon while {COUNTS[-1]} runners decode, of one processor", "%", tuple(daemon_shares)),
         *(Figure(f"{count} runner(s) at once, decode, together", "tok/s", tuple(totals[count])) for count in COUNTS),
         *(Figure(f"{count} runners together / one", "", ratios(totals[count], totals[1])) for count in COUNTS[1:]),
     ]
 
 
-def _total_tokens_per_s(environment: Environment, store: Path, count: int, threads: int) -> float:
+@dataclass(frozen=True, slots=True)
+class _Together:
+    """What runners did together, and which share of a processor the daemon had meanwhile."""
+
+    tokens_per_s: float
+    daemon_share: float
+
+
+def _decode_together(environment: Environment, settings: Settings, count: int, daemon_pid: int) -> _Together:
     with ExitStack() as stack:
-        runners = [stack.enter_context(_ready(environment, store, threads)) for _ in range(count)]
+        runners = [stack.enter_context(_ready(environment, settings)) for _ in range(count)]
+        used_s, start = processor_s(daemon_pid), time.perf_counter()
         for process in runners:
             _say_go(process)
-        return sum(_read(process) for process in runners)
+        tokens_per_s = sum(_read(process) for process in runners)
+        return _Together(tokens_per_s, (processor_s(daemon_pid) - used_s) / (time.perf_counter() - start))
 
 
 @contextmanager
-def _ready(environment: Environment, store: Path, threads: int) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-c", _RUNNER, str(store), str(_SECONDS), str(_CONTEXT), str(threads)]
+def _ready(environment: Environment, settings: Settings) -> Iterator["subprocess.Popen[str]"]:
+    numbers = (_SECONDS, _CONTEXT, settings.threads)
+    command = [sys.executable, "-c", _RUNNER, str(settings.store), *map(str, numbers)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment.variables, stdin=pipe, stdout=pipe, text=True) as process:
         try:
