@@ -123,10 +123,11 @@ class HostSlots:
         pending: list[ExpertKey] = []
         for key in dict.fromkeys(keys):
             slot = self._pool.find(key)
-            if key in self.corrupt:
+            if slot is not None and slot.is_ready:
+                self._lease_present(demand, key, slot)
+                granted.append((key, slot.number))
+            elif key in self.corrupt:
                 refused.append((key, ReadOutcome.CORRUPT))
-            elif slot is not None and slot.is_ready:
-                granted.append((key, self._lease_present(demand, key, slot)))
             else:
                 pending.append(key)
         self._await(demand, request_id, pending, actions)
@@ -234,10 +235,10 @@ class HostSlots:
         self._start_reads(actions)
         return actions
 
-    def _lease_present(self, demand: SessionDemand, key: ExpertKey, slot: Slot) -> int:
+    def _lease_present(self, demand: SessionDemand, key: ExpertKey, slot: Slot) -> None:
         if demand.session not in slot.holders:
             self._count_hit(demand, slot)
-        return self._pool.lease(key, demand.session, self._now).number
+        self._pool.lease(key, slot, demand.session, self._now)
 
     def _count_hit(self, demand: SessionDemand, slot: Slot) -> None:
         demand.n_hits += 1
@@ -302,7 +303,7 @@ class HostSlots:
             self.n_loads += 1
             self._pool.fill(slot)
             for demand, _, _ in waiting:
-                self._pool.lease(key, demand.session, self._now)
+                self._pool.lease(key, slot, demand.session, self._now)
         else:
             self._pool.clear(slot)
             if outcome is ReadOutcome.CORRUPT:

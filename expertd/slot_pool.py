@@ -105,14 +105,15 @@ class SlotPool:
         """Return the experts a session leases."""
         return list(self._leased_by.get(session, ()))
 
-    def lease(self, key: ExpertKey, session: int, now: float) -> Slot:
-        """Return the ready slot of an expert, which the session leases from now on."""
-        slot = self._by_key[key]
+    def lease(self, key: ExpertKey, slot: Slot, session: int, now: float) -> None:
+        """Have a session lease the ready slot of an expert, from now on."""
         if not slot.holders:
             self._order.keep(key)
         slot.holders[session] = now
-        self._leased_by.setdefault(session, {})[key] = slot
-        return slot
+        leased = self._leased_by.get(session)
+        if leased is None:
+            leased = self._leased_by[session] = {}
+        leased[key] = slot
 
     def give_back(self, key: ExpertKey, session: int) -> bool:
         """End a session's lease, the slot counting as used just now; return whether there was one."""

@@ -186,6 +186,8 @@ class TieredStore:
 
     def _replies(self, grant: Grant, pinned: tuple[ExpertHandle, ...]) -> list[TieredReply]:
         handles = pinned + tuple([self._memory.handle(slot) for _, slot in grant.granted])
+        if not grant.refused:
+            return [TieredReply(grant.session, Granted(grant.request_id, handles, (), grant.n_awaited))]
         refusals = tuple(KeyRefusal(key, _REASONS[outcome]) for key, outcome in grant.refused)
         replies = []
         while len(refusals) > REFUSALS_MAX:
