@@ -122,24 +122,18 @@ def _struct_writer(struct: Struct, name: str) -> _Convert:
 
 
 def _struct_reader(struct: Struct, name: str) -> _Convert:
-    cls, n_fields = struct.cls, len(struct.kinds)
-    read_fields = _fields_reader(struct, name)
+    cls, readers = struct.cls, [_reader(kind, name) for kind in struct.kinds]
+    n_fields = len(readers)
+    check_pair = _pair_checker(struct, name)
 
     def read(plain: object) -> object:
         if not isinstance(plain, list) or len(plain) != n_fields:
             raise MalformedMessage(f"{name}: an array of {n_fields} fields was expected in {cls.__name__}")
-        return read_fields(plain)
+        if check_pair is not None:
+            return tuple.__new__(cls, check_pair(plain))  # its class called takes twice as long
+        return cls(*map(call, readers, plain))
 
     return read
-
-
-def _fields_reader(struct: Struct, name: str) -> _Convert:
-    """Return what makes a record of as many plain values as it has fields."""
-    cls, readers = struct.cls, [_reader(kind, name) for kind in struct.kinds]
-    check_pair = _pair_checker(struct, name)
-    if check_pair is not None:
-        return lambda plain: tuple.__new__(cls, check_pair(plain))  # its class called takes twice as long
-    return lambda plain: cls(*map(call, readers, plain))
 
 
 def _is_plain(kind: Kind) -> bool:
@@ -154,11 +148,19 @@ def _plain_checker(struct: Struct, name: str) -> _Convert:
     check_pair = _pair_checker(struct, name)
     if check_pair is not None:
         return check_pair
-    checks = [_writer(kind, name) for kind in struct.kinds]
+    n_fields = len(struct.kinds)
+    maxima = [(index, kind.maximum) for index, kind in enumerate(struct.kinds) if isinstance(kind, Count)]
+    checks = [(index, _writer(kind, name)) for index, kind in enumerate(struct.kinds) if isinstance(kind, Struct)]
 
     def check(record: tuple[Any, ...]) -> tuple[Any, ...]:
-        for check_field, value in zip(checks, record, strict=True):
-            check_field(value)
+        for index, check_field in checks:
+            check_field(record[index])
+        for index, maximum in maxima:
+            value = record[index]
+            if type(value) is not int or not 0 <= value <= maximum:
+                raise MalformedMessage(f"{name}: {Count(maximum)} was expected")
+        if len(record) != n_fields:
+            raise MalformedMessage(f"{name}: {n_fields} fields were expected in {struct.cls.__name__}")
         return record
 
     return check
