@@ -19,7 +19,7 @@ SANITIZED := build/sanitize/$(SANITIZE)
 ifeq ($(SANITIZE),thread)
 SANITIZER_RUNTIME := libtsan.so
 # The thread sanitizer follows no threads that are started after a fork.
-SANITIZED_TESTS := $(addprefix tests/unit/quant/test_,workspace.py products.py layer_experts.py) -k 'not forked'
+SANITIZED_TESTS := $(addprefix tests/unit/quant/test_,workspace.py products.py layer_experts.py timed_copies.py) -k 'not forked'
 else
 SANITIZER_RUNTIME := libasan.so
 SANITIZED_TESTS := tests/unit/quant tests/unit/runner/test_in_place.py --ignore-glob='*against_hqq*'

@@ -23,7 +23,7 @@ from quant.errors import (
 LIBRARY_FILE = "libexpertd_kernels.so"
 
 # Changes with the signatures or the meaning of anything the library exports.
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 
 OK = 0
 
@@ -35,6 +35,7 @@ _REASONS = {
     5: "the part has no such rows",
 }
 MISSING_EXPERT, _BUSY, _FORKED, _NO_WORKSPACE, _NO_MEMORY = 6, 7, 8, 9, 10
+_NO_COPIES = 12
 
 
 def has_c_library() -> bool:
@@ -82,6 +83,8 @@ def check_status(status: int, what: str) -> None:
         raise MemoryError(f"{what}: the system has no memory for what lies between the products")
     if status == _NO_WORKSPACE:
         raise QuantError(f"{what}: the workspace is closed")
+    if status == _NO_COPIES:
+        raise QuantError(f"{what}: closed")
     raise BadPart(f"{what}: {_REASONS.get(status, f'status {status}')}")
 
 

@@ -12,7 +12,7 @@
 
 #include <stdint.h>
 
-#define EXPERTD_ABI_VERSION 6
+#define EXPERTD_ABI_VERSION 7
 #define EXPERTD_EXPORT __attribute__((visibility("default")))
 
 /* The ways a part is stored, protocol/schemes.py. */
@@ -38,6 +38,7 @@ enum expertd_status {
     EXPERTD_NO_WORKSPACE = 9,
     EXPERTD_NO_MEMORY = 10,
     EXPERTD_BAD_WEIGHTS = 11,   /* a weight is not finite, or too large */
+    EXPERTD_NO_COPIES = 12,
 };
 
 /* A part as the caller has it: `nbytes` bytes at `bytes` that are said to be a [rows, cols] matrix. */

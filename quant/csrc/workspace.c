@@ -3,16 +3,13 @@
 #include "workspace.h"
 
 #include "part.h"
+#include "waiting.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 /* Waking a sleeping thread takes 100 to 300 us, so one that may be needed again at once stays awake for so long. */
@@ -57,30 +54,7 @@ struct expertd_workspace {
     struct memory memory[SCRATCH_SLOTS];
 };
 
-static void futex_wait(_Atomic uint32_t *word, uint32_t seen) {
-    syscall(SYS_futex, (uint32_t *)word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-}
-
-static void futex_wake(_Atomic uint32_t *word, int n) {
-    syscall(SYS_futex, (uint32_t *)word, FUTEX_WAKE_PRIVATE, n, NULL, NULL, 0);
-}
-
-int64_t now_ns(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * (int64_t)1000000000 + now.tv_nsec;
-}
-
-static void pause_briefly(void) {
-    for (int i = 0; i < 32; i++) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        __asm__ volatile("yield");
-#endif
-    }
-    sched_yield(); /* several runners share a machine: whoever else wants this core has it */
-}
+int64_t now_ns(void) { return monotonic_ns(); }
 
 /* Take items and compute them until none is left. */
 static void take_items(struct expertd_workspace *workspace) {
