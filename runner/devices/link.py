@@ -6,23 +6,26 @@ with a scheduler, one operation at a time in an order drawn from a seed. A stric
 accesses besides. Every method may be called by several host threads at once; it holds the executor's lock meanwhile.
 """
 
-import ctypes
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from quant.timed_copies import Copies, start_copies
 from runner.devices.device import Buffer, Event
 from runner.devices.errors import ForeignBuffer, OutOfBounds
-from runner.devices.link_order import NoOrder, Order, StrictOrder
-from runner.devices.link_queue import Executor, Failure, Mark, OperationQueue, Wait, Work
+from runner.devices.link_copies import LinkCopies
+from runner.devices.link_order import POISON, NoOrder, Order, StrictOrder
+from runner.devices.link_queue import Copy, Executor, Failure, Launch, Mark, OperationQueue, Wait, Work
 from runner.devices.link_speed import LinkSpeed
 from runner.devices.link_stepped import RandomScheduler, SteppedExecutor
 from runner.devices.link_threads import ThreadedExecutor
 from runner.devices.vector_clocks import AccessHistory, Clock
 from runner.errors import OutOfMemory
+
+# What is known where nobody keeps count.
+NOTHING = Clock()
 
 
 class LinkEvent:
@@ -41,6 +44,8 @@ class LinkBuffer:
         self.device = device
         self.name = name
         self.tensor = tensor
+        self.nbytes = tensor.nbytes
+        self.address = tensor.data_ptr()
         self.history = AccessHistory(name)
 
 
@@ -65,13 +70,26 @@ class LinkDevice:
 
     is_asynchronous = True
 
-    def __init__(self, speed: LinkSpeed, *, strict: bool = False, scheduler: RandomScheduler | None = None) -> None:
+    def __init__(
+        self,
+        speed: LinkSpeed,
+        *,
+        strict: bool = False,
+        scheduler: RandomScheduler | None = None,
+        new_copies: Callable[[], Copies] = start_copies,
+    ) -> None:
+        """Start the threads: the copies', if they have one, and that of computations; or none, with a scheduler."""
         self._speed = speed
         self._order: Order = StrictOrder() if strict else NoOrder()
         self._failure = Failure()
         self._copies = OperationQueue("copy queue")
         self._compute = OperationQueue("compute queue")
-        self._executor = _executor((self._copies, self._compute), self._failure, scheduler)
+        self._executor: Executor
+        if scheduler is None:
+            copies = LinkCopies(new_copies())
+            self._executor = ThreadedExecutor(copies, self._copies, self._compute, self._failure)
+        else:
+            self._executor = SteppedExecutor((self._copies, self._compute), self._failure, scheduler)
         self._lock = self._executor.lock
         self._n_submitted = 0
         self.copies = LinkQueue(self, self._copies)
@@ -96,17 +114,28 @@ class LinkDevice:
     def copy_in(self, source: Buffer | Tensor, slot: Buffer, offset: int, nbytes: int) -> None:
         """Submit to the copy queue: source[:nbytes] → slot[offset : offset + nbytes]; raise UnorderedAccess."""
         target = self._own_buffer(slot)
-        reads = [] if isinstance(source, Tensor) else [self._own_buffer(source)]
-        origin = source if isinstance(source, Tensor) else source.tensor
-        source_name = "host memory" if isinstance(source, Tensor) else source.name
-        from_address = _address(source_name, origin, 0, nbytes)
-        to_address = _address(target.name, target.tensor, offset, nbytes)
-
-        def copy(_kept: tuple[Tensor, Tensor] = (origin, target.tensor)) -> None:  # both are kept until it has run
-            ctypes.memmove(to_address, from_address, nbytes)
-
-        label = f"the copy of {source_name} into {target.name}[{offset}:{offset + nbytes}]"
-        self._submit(self._copies, label, copy, reads, [target], duration_s=self._speed.copy_s(nbytes))
+        if isinstance(source, Tensor):
+            reads, origin, source_name = [], source, "host memory"
+            from_address = _address(source)
+        else:
+            own = self._own_buffer(source)
+            reads, origin, source_name = [own], own.tensor, own.name
+            from_address = own.address
+        _check_range(source_name, origin.nbytes, 0, nbytes)
+        _check_range(target.name, target.nbytes, offset, nbytes)
+        self._submit(
+            self._copies,
+            Copy(
+                (source_name, target.name, offset),
+                from_address,
+                target.address + offset,
+                nbytes,
+                (origin, target.tensor),
+                self._speed.copy_s(nbytes),
+            ),
+            reads,
+            [target],
+        )
 
     def launch(
         self,
@@ -118,7 +147,7 @@ class LinkDevice:
     ) -> None:
         """Submit to the compute queue; raise UnorderedAccess. What is awaited at once is left to whoever waits."""
         own_reads, own_writes = ([self._own_buffer(buffer) for buffer in buffers] for buffers in (reads, writes))
-        self._submit(self._compute, "launch", work, own_reads, own_writes, wakes=not is_awaited)
+        self._submit(self._compute, Launch(work), own_reads, own_writes, wakes=not is_awaited)
 
     def computing(self) -> AbstractContextManager[None]:
         """Return a context in which nothing is different: all memory is the host's."""
@@ -162,9 +191,10 @@ class LinkDevice:
             if own.latest is None:
                 self._order.unrecorded(own.name)
                 return True
-            if own.latest.is_reached:
+            is_reached = own.latest.is_reached  # asked once: it may be a moment later
+            if is_reached:
                 self._order.learn(own.latest.clock)
-            return own.latest.is_reached
+            return is_reached
 
     @contextmanager
     def host_write(self, buffer: Buffer) -> Iterator[Tensor]:
@@ -180,20 +210,26 @@ class LinkDevice:
 
     def publish(self) -> Clock:
         """Return what the calling thread did and knows has happened."""
+        if not self._order.is_strict:
+            return NOTHING
         with self._lock:
             return self._order.publish()
 
     def observe(self, clock: Clock) -> None:
         """Let the calling thread know what another one published."""
-        with self._lock:
-            self._order.learn(clock)
+        if self._order.is_strict:
+            with self._lock:
+                self._order.learn(clock)
 
     def poison_slot(self, slot: Buffer) -> None:
         """Submit to the copy queue: what the slot held is gone; raise UnorderedAccess."""
         target = self._own_buffer(slot)
         if not self._order.is_strict:
             return
-        self._submit(self._copies, "poison_slot", lambda: self._order.poison(target.tensor), [], [target])
+        poison = torch.full_like(target.tensor, POISON)
+        kept = (poison, target.tensor)
+        fill = Copy(("poison", target.name, 0), poison.data_ptr(), target.address, target.nbytes, kept)
+        self._submit(self._copies, fill, [], [target])
 
     def release_chunk(self, chunk: Buffer) -> None:
         """Say that no copy reads the chunk any more; raise UnorderedAccess."""
@@ -226,25 +262,19 @@ class LinkDevice:
     def _submit(
         self,
         queue: OperationQueue,
-        label: str,
-        run: Callable[[], None],
+        work: Work,
         reads: Sequence[LinkBuffer],
         writes: Sequence[LinkBuffer],
         *,
-        duration_s: float = 0.0,
         wakes: bool = True,
     ) -> None:
         with self._lock:
             self._enter()
             self._n_submitted += 1
-            label = f"{label} (no. {self._n_submitted})"
-            self._order.submit(
-                queue.name,
-                label,
-                reads=[buffer.history for buffer in reads],
-                writes=[buffer.history for buffer in writes],
-            )
-            work = Work(label, run, duration_s, submitted_at_s=time.monotonic())
+            work.number = self._n_submitted
+            if self._order.is_strict:
+                histories = [[buffer.history for buffer in buffers] for buffers in (reads, writes)]
+                self._order.submit(queue.name, work.label, reads=histories[0], writes=histories[1])
             self._executor.submit(queue, work, wakes=wakes)
 
     def _reach(self, mark: Mark) -> None:
@@ -286,16 +316,14 @@ class LinkDevice:
         return event
 
 
-def _executor(queues: Sequence[OperationQueue], failure: Failure, scheduler: RandomScheduler | None) -> Executor:
-    if scheduler is None:
-        return ThreadedExecutor(queues, failure, helped=queues[-1])
-    return SteppedExecutor(queues, failure, scheduler)
+def _address(source: Tensor) -> int:
+    """Return where a row of bytes begins; raise OutOfBounds if a tensor is none."""
+    if source.dtype != torch.uint8 or not source.is_contiguous() or source.dim() != 1:
+        raise OutOfBounds(f"host memory is not a row of bytes: {source.dtype} {list(source.shape)}")
+    return source.data_ptr()
 
 
-def _address(name: str, tensor: Tensor, offset: int, nbytes: int) -> int:
-    """Return where those bytes of a tensor begin; raise OutOfBounds."""
-    if tensor.dtype != torch.uint8 or not tensor.is_contiguous() or tensor.dim() != 1:
-        raise OutOfBounds(f"{name} is not a row of bytes: {tensor.dtype} {list(tensor.shape)}")
-    if offset < 0 or nbytes <= 0 or offset + nbytes > tensor.numel():
-        raise OutOfBounds(f"{name} has {tensor.numel()} bytes; [{offset}:{offset + nbytes}] asked")
-    return tensor.data_ptr() + offset
+def _check_range(name: str, length: int, offset: int, nbytes: int) -> None:
+    """Raise OutOfBounds unless those bytes are among so many."""
+    if offset < 0 or nbytes <= 0 or offset + nbytes > length:
+        raise OutOfBounds(f"{name} has {length} bytes; [{offset}:{offset + nbytes}] asked")

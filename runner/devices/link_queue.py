@@ -5,23 +5,55 @@ for the mark that was the latest when it was submitted. Whoever runs the queues 
 own lock around everything here.
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from torch import Tensor
+
 from runner.devices.vector_clocks import Clock
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """Something to run, and how long the queue is occupied by it in the model; 0: as long as it takes."""
+@dataclass(slots=True, eq=False)
+class Launch:
+    """Something to compute; `number` is its own among all that the device is given."""
 
-    label: str
     run: Callable[[], None]
+    number: int = 0
+
+    @property
+    def label(self) -> str:
+        """Return what errors call it."""
+        return f"launch (no. {self.number})"
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """Bytes to copy, how long the link takes for them in the model, and what is kept until they were copied."""
+
+    what: tuple[str, str, int]  # the source's and the target's names, and the offset in the target
+    source: int
+    target: int
+    nbytes: int
+    kept: tuple[Tensor, Tensor]
     duration_s: float = 0.0
-    submitted_at_s: float = 0.0
+    number: int = 0
+
+    @property
+    def label(self) -> str:
+        """Return what errors call it."""
+        source, target, offset = self.what
+        return f"the copy of {source} into {target}[{offset}:{offset + self.nbytes}] (no. {self.number})"
+
+    def run(self) -> None:
+        """Copy the bytes, whatever the link would take."""
+        ctypes.memmove(self.target, self.source, self.nbytes)
+
+
+Work = Launch | Copy
 
 
 @dataclass(slots=True, eq=False)
@@ -30,12 +62,19 @@ class Mark:
 
     event_name: str
     clock: Clock = field(default_factory=Clock)
-    reached_at_s: float | None = None
+    was_reached: bool = False
+    # Of an executor in real time: where it stands in its queue; who is asked whether it is reached, if it is the copy
+    # queue's; whether copies wait for it, if it is the compute queue's.
+    place: int = 0
+    asks: Callable[[], bool] | None = None
+    is_held_for: bool = False
 
     @property
     def is_reached(self) -> bool:
         """Return whether all that stood before it has run."""
-        return self.reached_at_s is not None
+        if not self.was_reached and self.asks is not None:
+            self.was_reached = self.asks()
+        return self.was_reached
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,11 +120,11 @@ class OperationQueue:
         """Add an operation behind all others."""
         self._operations.append(operation)
 
-    def take(self, *, now: float) -> Operation:
+    def take(self) -> Operation:
         """Take away and return the first operation, which can run; a mark is thereby reached."""
         operation = self._operations.popleft()
         if isinstance(operation, Mark):
-            operation.reached_at_s = now
+            operation.was_reached = True
         return operation
 
     def __str__(self) -> str:
@@ -110,6 +149,11 @@ class Failure:
         except BaseException as error:  # noqa: BLE001 - it belongs to the host thread that submitted the work
             error.add_note(f"raised by {work.label} of the {queue_name}")
             self._error = error
+
+    @property
+    def has_happened(self) -> bool:
+        """Return whether there is one."""
+        return self._error is not None
 
     def check(self) -> None:
         """Raise the error as it is, if there is one."""

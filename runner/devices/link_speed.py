@@ -1,9 +1,4 @@
-"""How fast the stand-in accelerator's link is: the device's name read, and when each copy ends. Knows no threads.
-
-A copy starts when it was submitted or when the queue is free, whichever is later, and takes latency + nbytes / bytes
-per second. Both are points on the modelled clock: a copy that was seen to end late, because a thread was woken late,
-does not delay the one behind it, so that delays do not add up over many copies.
-"""
+"""How fast the stand-in accelerator's link is: the device's name read, and what each copy takes."""
 
 import re
 from dataclasses import dataclass
@@ -27,22 +22,6 @@ class LinkSpeed:
     def copy_s(self, nbytes: int) -> float:
         """Return how long a copy of that many bytes occupies the link."""
         return self.latency_s + nbytes / self.bytes_per_s
-
-
-class LinkClock:
-    """The modelled time up to which the copy queue is occupied; seconds on the caller's clock."""
-
-    def __init__(self) -> None:
-        self._free_at_s = 0.0
-
-    def held_until(self, time_s: float) -> None:
-        """Let nothing start before, since the queue waited for an event that happened then."""
-        self._free_at_s = max(self._free_at_s, time_s)
-
-    def end_of(self, duration_s: float, *, submitted_at_s: float) -> float:
-        """Return when the next copy ends, which occupies the queue until then."""
-        self._free_at_s = max(self._free_at_s, submitted_at_s) + duration_s
-        return self._free_at_s
 
 
 def parse_link(device: str) -> LinkSpeed:

@@ -7,11 +7,10 @@ which the host is far ahead, or one queue is. No call blocks another one but for
 
 import random
 import threading
-import time
 from collections.abc import Sequence
 
 from runner.devices.errors import Deadlock
-from runner.devices.link_queue import Failure, Mark, Operation, OperationQueue, Work
+from runner.devices.link_queue import Copy, Failure, Launch, Mark, Operation, OperationQueue
 
 
 class RandomScheduler:
@@ -69,6 +68,6 @@ class SteppedExecutor:
         if not queues:
             raise Deadlock("nothing can run: " + "; ".join(str(queue) for queue in self._queues))
         queue = self._scheduler.choose(queues)
-        operation = queue.take(now=time.monotonic())
-        if isinstance(operation, Work):
+        operation = queue.take()
+        if isinstance(operation, Launch | Copy):
             self._failure.run(operation, queue.name)

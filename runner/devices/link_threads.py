@@ -1,150 +1,137 @@
-"""The stand-in accelerator's queues in real time: a thread each, which waits out what a copy takes in the model.
+"""The stand-in accelerator's queues in real time: copies run by themselves, computations in a thread or where awaited.
 
 A host thread that waits for what was computed computes it itself, if the queue's own thread has not begun: on the CPU
 that is what an accelerator's time is worth, and waking the other thread would add what no accelerator takes.
 
-Owns the threads. A queue's thread blocks on what its queue waits for; a host thread blocks until a mark is reached.
-While it copies or waits a thread holds neither the lock nor the interpreter's lock: ctypes gives it up around memmove
-and clock_nanosleep. A sleeper is woken some 30 us late; the kernel's own slack, 50 us by default, is set to 1 us for
-these threads. Waiting awake would be more exact, and slow down whoever computes on the same cores.
+Owns the compute queue's thread. It, or a host thread in its place, blocks on copies that the queue waits for; a host
+thread blocks until a mark is reached. Whoever computes or waits holds neither the lock nor the interpreter's.
 """
 
-import ctypes
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from runner.devices.link_queue import Failure, Mark, Operation, OperationQueue, Wait, Work
-from runner.devices.link_speed import LinkClock
-
-_TIMER_ABSTIME = 1
-_PR_SET_TIMERSLACK = 29
-_TIMER_SLACK_NS = 1000
-
-
-class _TimeSpec(ctypes.Structure):
-    """struct timespec."""
-
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+from runner.devices.link_copies import LinkCopies
+from runner.devices.link_queue import Failure, Launch, Mark, Operation, OperationQueue, Wait
 
 
 class ThreadedExecutor:
-    """Runs each queue in a thread of its own: `_serve` and what stands below it. Host threads call the rest."""
+    """Runs both queues. `_serve` is the compute queue's thread; host threads call the rest."""
 
-    def __init__(self, queues: Sequence[OperationQueue], failure: Failure, helped: OperationQueue) -> None:
-        """Start the threads. The queue that is `helped` is run by a host thread that waits, too."""
-        self._helped = helped
-        self._is_running = False  # whether the helped queue's work is being run, by whichever thread
+    def __init__(
+        self, copies: LinkCopies, copy_queue: OperationQueue, compute: OperationQueue, failure: Failure
+    ) -> None:
+        """Start the thread. The copies, which this closes, get all that the copy queue is given."""
         self.lock = threading.Lock()
+        self._copies, self._copy_queue, self._compute = copies, copy_queue, compute
         self._failure = failure
+        self._n_marks = 0  # of the compute queue
+        self._is_busy = False  # whether someone computes, or waits for copies before
+        self._is_called = False  # whether the thread is to run the compute queue until it is empty
+        self._left_to: int | None = None  # the host thread that is going to run it instead
         self._is_closing = False
-        # One condition a queue, and one for all host threads: a mark must not wake whoever has no use for it.
-        self._changed = {queue: threading.Condition(self.lock) for queue in queues}
+        self._called = threading.Condition(self.lock)
         self._reached = threading.Condition(self.lock)
-        self._libc = ctypes.CDLL(None)
-        # Daemons: a device that nobody closed, because something else failed, does not keep the process from ending.
-        self._threads = [
-            threading.Thread(target=self._serve, args=(queue,), name=queue.name, daemon=True) for queue in queues
-        ]
-        for thread in self._threads:
-            thread.start()
+        # A daemon: a device that nobody closed, because something else failed, does not keep the process from ending.
+        self._thread = threading.Thread(target=self._serve, name=compute.name, daemon=True)
+        self._thread.start()
 
     def progress(self) -> None:
-        """Do nothing: the threads run what can run."""
+        """Do nothing: what can run runs."""
 
     def submit(self, queue: OperationQueue, operation: Operation, *, wakes: bool = True) -> None:
-        """Add the operation to the queue, and wake its thread if it is the next one to run."""
-        queue.append(operation)
-        if wakes and queue.runnable is operation:
-            self._changed[queue].notify()
+        """Add the operation to the queue; have the thread run it, unless whoever calls is about to wait for it."""
+        if queue is self._copy_queue:
+            self._copies.submit(operation)
+            return
+        if isinstance(operation, Mark):
+            self._n_marks += 1
+            operation.place = self._n_marks
+            if self._compute.is_empty and not self._is_busy:
+                operation.was_reached = True
+                return
+        self._compute.append(operation)
+        if isinstance(operation, Launch):
+            self._left_to = None if wakes else threading.get_ident()
+        if self._left_to is None and not isinstance(operation, Wait) and not self._is_called:
+            self._is_called = True
+            self._called.notify()
 
     def reach(self, mark: Mark) -> None:
-        """Block the calling host thread until the mark is reached, or do the queue's work in its place meanwhile."""
+        """Block the calling host thread until the mark is reached, or compute in the thread's place meanwhile."""
         while not mark.is_reached:
-            operation = self._take_over(mark)
-            if operation is None:
+            if mark.asks is not None and not self._is_needed_for(mark):
+                with self._unlocked():
+                    self._copies.wait(mark)
+            elif self._is_busy:
                 self._reached.wait()
-            elif isinstance(operation, Work):
-                self._run_here(operation)
             else:
-                self._pass(operation)
-
-    def _take_over(self, mark: Mark) -> Operation | None:
-        """Return what the host's thread can do to reach the mark, if it is the helped queue's, which is idle."""
-        if self._is_running or self._helped.runnable is None or not self._helped.holds(mark):
-            return None
-        return self._helped.take(now=time.monotonic())
-
-    def _run_here(self, work: Work) -> None:
-        """Run one work of the helped queue, by whichever thread; under the lock, which is free meanwhile."""
-        self._is_running = True
-        self.lock.release()
-        try:
-            self._failure.run(work, self._helped.name)
-        finally:
-            self.lock.acquire()
-            self._is_running = False
+                self._go_on()
 
     def close(self) -> None:
         """End the threads when they have run all that was submitted."""
         with self.lock:
             self._is_closing = True
-            for changed in self._changed.values():
-                changed.notify()
-        for thread in self._threads:
-            thread.join()
+            self._called.notify()
+        self._thread.join()
+        self._copies.close()
 
-    def _serve(self, queue: OperationQueue) -> None:
-        """Run the queue's operations one after the other until the executor is closed."""
-        self._libc.prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
-        clock = LinkClock()
-        with torch.no_grad():
-            while self._run_next(queue, clock):
-                pass  # nothing of the work is held while the next one is waited for
-
-    def _run_next(self, queue: OperationQueue, clock: LinkClock) -> bool:
-        """Run the next work as soon as it can run, and wait out what it takes; return False when no more comes."""
-        with self.lock:
-            work = self._next_work(queue, clock)
-            if work is not None and queue is self._helped:
-                self._run_here(work)
-                return True
-        if work is None:
+    def _is_needed_for(self, mark: Mark) -> bool:
+        """Return whether a copies' mark may wait for what was left to the calling thread to compute."""
+        if self._left_to != threading.get_ident() or self._is_busy or self._compute.is_empty:
             return False
-        self._failure.run(work, queue.name)
-        if work.duration_s > 0:
-            self._wait_until(clock.end_of(work.duration_s, submitted_at_s=work.submitted_at_s))
-        return True
+        awaited = self._compute.awaited
+        return awaited is None or awaited.place < mark.place
 
-    def _next_work(self, queue: OperationQueue, clock: LinkClock) -> Work | None:
-        """Return the next work as soon as it can run, past marks and waits; None when no more comes; under the lock."""
-        while True:
-            self._changed[queue].wait_for(lambda: self._can_take(queue) or (self._is_closing and queue.is_empty))
-            if queue.is_empty:
-                return None
-            operation = queue.take(now=time.monotonic())
-            if isinstance(operation, Work):
-                return operation
-            self._pass(operation)
-            if isinstance(operation, Wait) and operation.mark.reached_at_s is not None:
-                clock.held_until(operation.mark.reached_at_s)
+    def _serve(self) -> None:
+        """Run the compute queue whenever it is called to, until the executor is closed."""
+        with torch.no_grad(), self.lock:
+            while True:
+                self._called.wait_for(lambda: not self._is_busy and (self._is_called or self._is_closing))
+                if self._compute.is_empty:
+                    return
+                self._go_on()
 
-    def _can_take(self, queue: OperationQueue) -> bool:
-        return queue.runnable is not None and not (queue is self._helped and self._is_running)
-
-    def _pass(self, operation: Mark | Wait) -> None:
-        """Go on past a mark, of which all are told that wait for it, or past a wait, which is over."""
-        if isinstance(operation, Mark):
+    def _go_on(self) -> None:
+        """Do what comes first in the compute queue, or wait for the copies that it waits for; nobody else does."""
+        awaited = self._compute.awaited
+        if awaited is not None:
+            with self._busy():
+                self._copies.wait(awaited)
+            return
+        operation = self._compute.take()
+        if isinstance(operation, Launch):
+            self._run(operation)
+        elif isinstance(operation, Mark):
+            self._copies.pass_mark(operation)
             self._reached.notify_all()
-            for queue, changed in self._changed.items():
-                if queue.runnable is not None:
-                    changed.notify()
+        if self._compute.is_empty:
+            self._is_called, self._left_to = False, None
+        elif self._is_called:
+            self._called.notify()
 
-    def _wait_until(self, time_s: float) -> None:
-        """Sleep in one call, which gives the interpreter up once: waiting awake would take it from who computes."""
-        seconds = int(time_s)
-        until = _TimeSpec(seconds, int((time_s - seconds) * 1e9))
-        while self._libc.clock_nanosleep(time.CLOCK_MONOTONIC, _TIMER_ABSTIME, ctypes.byref(until), None):
-            pass  # a signal's handler ran
+    def _run(self, work: Launch) -> None:
+        with self._busy():
+            self._failure.run(work, self._compute.name)
+        if self._failure.has_happened:
+            self._copies.skip()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Let nobody else run the compute queue inside; the lock is free meanwhile."""
+        self._is_busy = True
+        try:
+            with self._unlocked():
+                yield
+        finally:
+            self._is_busy = False
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        self.lock.release()
+        try:
+            yield
+        finally:
+            self.lock.acquire()

@@ -3,20 +3,19 @@
 Owns the slots, the copy engine and the order of copies and computations. Knows no gate, no kernel and no store format.
 
 One call, in this order. Under the lock: the chosen experts that are cached are pinned, the others get slots, and their
-copies are asked for, before anything is launched. Then what is there is launched, then the others as their copies are
-submitted; where a call uses more experts than there are slots, slots are given back as soon as they were used. Last the
-contributions, each stored by itself, are summed in the gate's order: where and when an expert was computed changes no
-bit. Use of a slot: pin; wait for FILLED under the lock; the compute queue waits for `ready`; launch; record `last_use`;
-only then unpin, so that whoever refills the slot finds that record.
+copies are asked for, before anything is launched. Then what is there is launched, then the others one by one, in the
+order of their copies; where a call uses more experts than there are slots, slots are given back as soon as they were
+used. Last the contributions, each stored by itself, are summed in the gate's order: where and when an expert was
+computed changes no bit. Use of a slot: pin; wait for FILLED under the lock; the compute queue waits for `ready`;
+launch; record `last_use`; only then unpin, so that whoever refills the slot finds that record.
 
 Who may block whom. The model's thread blocks until the copy engine has submitted, and, if the cache `waits`, until the
 device has computed; never with the lock held. The copy engine never waits for the model.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from types import TracebackType
@@ -35,6 +34,7 @@ from runner.experts.prefetch import DECODE_TOKENS_MAX, Guard
 from runner.experts.slots import Claim, SlotTable
 from runner.experts.source import PREFILL_TOKENS_MIN, Guess
 from runner.experts.transfer import CHUNK_NBYTES, CopyEngine, new_slots
+from runner.experts.wanted import Wanted
 from runner.store_view import StoreView
 
 # So many slots belong to no layer.
@@ -65,21 +65,6 @@ class CacheSettings:
     is_direct: bool = False
     n_stagers: int = 1
     waits: bool = True
-
-
-@dataclass(slots=True, eq=False)
-class _Wanted:
-    """A call's experts that are not launched yet, each in one of three places."""
-
-    layer: int
-    missing: deque[int] = field(default_factory=deque)  # without a slot
-    pending: dict[int, int] = field(default_factory=dict)  # expert → slot, being copied in that order
-    ready: dict[int, int] = field(default_factory=dict)  # expert → slot, to be launched now
-    awaited: list[int] = field(default_factory=list)  # the slots that were pending
-
-    @property
-    def is_there(self) -> bool:
-        return not self.pending and not self.missing
 
 
 class CachedExperts:
@@ -167,9 +152,9 @@ class CachedExperts:
         call = ExpertCall(layer, hidden_states, expert_ids, weights, self._new_out(n_tokens, hidden_states))
         wanted = self._request(layer, groups)
         guesses = self._guesses if n_tokens >= PREFILL_TOKENS_MIN else []
-        launched = self._launch_at_once(call, wanted) if wanted.is_there else self._launch_as_copied(call, wanted)
+        pinned = self._launch_all(call, wanted)
         with self._lock:
-            self._table.unpin(launched.values())
+            self._table.unpin(pinned.values())
             self._table.settle(layer)
         if guesses:
             # The next layer's copies go on where this one's end: its slots are spare now.
@@ -206,11 +191,12 @@ class CachedExperts:
         if self._settings.mode is CacheMode.NAIVE:
             self._copy_unused(layer, groups)
 
-    def _request(self, layer: int, groups: Sequence[Sequence[int]]) -> _Wanted:
+    def _request(self, layer: int, groups: Sequence[Sequence[int]]) -> Wanted:
         """Pin or claim a slot for each expert, as far as there are slots, and ask for all copies."""
-        table, wanted = self._table, _Wanted(layer)
+        table, wanted = self._table, Wanted(layer, all_at_once=self._settings.mode is CacheMode.NAIVE)
         with self._lock:
             self._engine.check()
+            self._engine.come_by()
             table.begin(layer, groups)
             for group in groups:
                 for expert in group:
@@ -218,11 +204,19 @@ class CachedExperts:
                     if slot is None:
                         wanted.missing.append(expert)
                     else:
-                        (wanted.ready if table.is_ready(slot) else wanted.pending)[expert] = slot
+                        self._put(wanted, expert, slot)
             self._claim_slots(wanted)
+        self._go_on(wanted)
         return wanted
 
-    def _claim_slots(self, wanted: _Wanted) -> None:
+    def _go_on(self, wanted: Wanted) -> None:
+        """Let copies that were asked for be submitted, and note which were."""
+        if wanted.pending:
+            self._engine.go_on()
+            with self._lock:
+                wanted.collect(self._table.is_ready)
+
+    def _claim_slots(self, wanted: Wanted) -> None:
         """Give slots to missing experts as long as there are any, and ask for their copies; under the lock."""
         table, engine = self._table, self._engine
         engine.cancel(table.take_dropped())
@@ -235,41 +229,58 @@ class CachedExperts:
             else:
                 return
 
-    def _take(self, wanted: _Wanted, expert: int, claim: Claim) -> None:
+    def _take(self, wanted: Wanted, expert: int, claim: Claim) -> None:
         """Ask for the copy into a slot that was claimed, unless it was prefetched; under the lock."""
-        is_ready = self._table.is_ready(claim.slot)
         if claim.is_new:
             self._engine.submit(claim.slot, self._source(wanted.layer, expert), is_demand=True)
-        elif not is_ready:
+        elif not self._table.is_ready(claim.slot):
             self._engine.promote(claim.slot)
-        (wanted.ready if is_ready else wanted.pending)[expert] = claim.slot
+        self._put(wanted, expert, claim.slot)
 
-    def _launch_at_once(self, call: ExpertCall, wanted: _Wanted) -> dict[int, int]:
-        """Launch everything; return the slots that are still pinned."""
-        slots = wanted.ready
-        likely = self._likely()
-        self._launch(slots, partial(self._compute.forward, call, slots), writes=self._outputs)
-        self._copy_ahead(likely)
-        return slots
+    def _put(self, wanted: Wanted, expert: int, slot: int) -> None:
+        """Note where an expert's copy has come to; under the lock."""
+        there = self._slots[slot]
+        if not self._table.is_ready(slot):
+            wanted.pending[expert] = slot
+        elif there.is_awaited or self._device.has_happened(there.ready):
+            wanted.ready[expert] = slot
+        else:
+            wanted.coming[expert] = slot
 
-    def _launch_as_copied(self, call: ExpertCall, wanted: _Wanted) -> dict[int, int]:
-        """Launch the experts that are there, then the others as they come, the last ones with the sum; return those."""
-        contributions = call.hidden_states.new_empty(*call.expert_ids.shape, call.hidden_states.shape[1])
+    def _launch_all(self, call: ExpertCall, wanted: Wanted) -> dict[int, int]:
+        """Launch what is there, then the others as they come, the last with the sum; return what is still pinned."""
         likely = self._likely()
+        contributions: Tensor | None = None
+        pinned: dict[int, int] = {}
         while True:
-            launched: dict[int, int] = {}
-            if wanted.is_there:
-                finish = partial(self._compute.finish, call, wanted.ready, contributions)
-                self._launch(wanted.ready, finish, writes=self._outputs)
-                return wanted.ready
-            if self._may_launch(wanted):
-                launched, wanted.ready = wanted.ready, {}
-                self._launch(launched, partial(self._compute.contribute, call, launched, contributions))
+            group = wanted.take()
+            pinned |= group
+            if wanted.is_taken:
+                self._launch_last(call, group, contributions)
+                self._copy_ahead(likely)
+                return pinned
+            if contributions is None:
+                contributions = call.hidden_states.new_empty(*call.expert_ids.shape, call.hidden_states.shape[1])
+            if group:
+                work = partial(self._compute.contribute, call, group, contributions)
+                self._launch(group, work, is_awaited=wanted.is_submitted)
             self._copy_ahead(likely)
             likely = []
-            self._await_more(wanted, launched)
+            if not wanted.may_launch:
+                self._await_more(wanted, pinned)
+                pinned = {}
 
-    def _launch(self, slots: dict[int, int], work: Callable[[], None], writes: Sequence[Buffer] = ()) -> None:
+    def _launch_last(self, call: ExpertCall, group: dict[int, int], contributions: Tensor | None) -> None:
+        """Launch a call's last experts, or its only ones, and the sum."""
+        if contributions is None:
+            work = partial(self._compute.forward, call, group)
+        else:
+            work = partial(self._compute.finish, call, group, contributions)
+        self._launch(group, work, writes=self._outputs, is_awaited=True)
+
+    def _launch(
+        self, slots: dict[int, int], work: Callable[[], None], writes: Sequence[Buffer] = (), *, is_awaited: bool
+    ) -> None:
         """Launch work that reads those slots, behind the copies into them."""
         device, compute = self._device, self._device.compute
         read = [self._slots[slot] for slot in slots.values()]
@@ -277,10 +288,8 @@ class CachedExperts:
             if not slot.is_awaited:
                 compute.wait(slot.ready)
                 slot.is_awaited = True  # what the queue is given later is behind it, too
-        is_last = writes is self._outputs
-        device.launch(
-            work, reads=[slot.buffer for slot in read], writes=writes, is_awaited=is_last and self._settings.waits
-        )
+        is_awaited = is_awaited and self._settings.waits
+        device.launch(work, reads=[slot.buffer for slot in read], writes=writes, is_awaited=is_awaited)
         for slot in read:
             compute.record(slot.last_use)
             slot.was_used = True
@@ -304,29 +313,21 @@ class CachedExperts:
                     slot = None if source is None else self._table.guess(layer, expert)
                     if source is not None and slot is not None:
                         self._engine.submit(slot, source, is_demand=False)
+            self._engine.go_on()
 
-    def _may_launch(self, wanted: _Wanted) -> bool:
-        """Return whether to launch what is ready; the naive way is to copy first, as much as there are slots for."""
-        return bool(wanted.ready) and (self._settings.mode is not CacheMode.NAIVE or not wanted.pending)
-
-    def _await_more(self, wanted: _Wanted, launched: dict[int, int]) -> None:
-        """Unpin what was launched; block until there is something to launch."""
+    def _await_more(self, wanted: Wanted, launched: dict[int, int]) -> None:
+        """Unpin what was launched; block until another copy of those that are wanted was submitted."""
         began_s = self._clock()
         with self._lock:
             self._table.unpin(launched.values())
             self._claim_slots(wanted)
-            self._collect(wanted)
-            while not self._may_launch(wanted):
+        self._go_on(wanted)
+        with self._lock:
+            while not wanted.may_launch:
                 self._engine.wait()
                 self._claim_slots(wanted)
-                self._collect(wanted)
+                wanted.collect(self._table.is_ready)
             self._tally.waited_s += self._clock() - began_s
-
-    def _collect(self, wanted: _Wanted) -> None:
-        """Move what was submitted from `pending` to `ready`; under the lock."""
-        for expert in [expert for expert, slot in wanted.pending.items() if self._table.is_ready(slot)]:
-            slot = wanted.ready[expert] = wanted.pending.pop(expert)
-            wanted.awaited.append(slot)
 
     def _copy_unused(self, layer: int, groups: Sequence[Sequence[int]]) -> None:
         """Copy all of the layer's experts but those; nobody computes with them."""
@@ -335,11 +336,12 @@ class CachedExperts:
         for expert in unused:
             self._source(layer, expert)
         wanted = self._request(layer, [unused])
-        while not wanted.is_there:
-            self._await_more(wanted, {})
-            with self._lock:
-                self._table.unpin(wanted.ready.values())
-            wanted.ready = {}
+        submitted = wanted.take()
+        while not wanted.is_taken:
+            self._await_more(wanted, submitted)
+            submitted = wanted.take()
+        with self._lock:
+            self._table.unpin(submitted.values())
 
     def _recover(self) -> None:
         """Give back what a call had pinned that ended with an exception."""
@@ -349,16 +351,20 @@ class CachedExperts:
             self._table.unpin_all()
             self._engine.cancel(self._table.take_dropped())
 
-    def _finished(self, out: Tensor, wanted: _Wanted) -> Tensor:
+    def _finished(self, out: Tensor, wanted: Wanted) -> Tensor:
         """Block until the device has computed `out`; return the host's own copy of it."""
-        began_s = self._clock()
-        for slot in wanted.awaited:
-            self._device.synchronize(self._slots[slot].ready)
-        waited_s = self._clock() - began_s if wanted.awaited else 0.0
         self._device.compute.record(self._done)
+        waited_s = 0.0
+        for awaited in wanted.awaited:
+            if awaited.before is not None:
+                self._device.synchronize(self._slots[awaited.before].last_use)
+            began_s = self._clock()
+            self._device.synchronize(self._slots[awaited.slot].ready)
+            waited_s += self._clock() - began_s
         self._device.synchronize(self._done)
-        with self._lock:
-            self._tally.waited_s += waited_s
+        if waited_s:
+            with self._lock:
+                self._tally.waited_s += waited_s
         with self._device.host_read(self._outputs[0]):
             return out.clone()
 

@@ -15,6 +15,7 @@ class Piece:
     slot: int
     offset: int
     nbytes: int
+    is_demand: bool
     is_first: bool
     is_last: bool
 
@@ -28,10 +29,14 @@ class Outcome(Enum):
 
 
 class CopyQueue:
-    """The copies that were asked for and not yet submitted to their end; one slot has one copy at a time."""
+    """The copies that were asked for and not yet submitted to their end; one slot has one copy at a time.
 
-    def __init__(self, piece_nbytes: int) -> None:
+    With `whole_demands`, what is waited for is one piece: nothing goes before it, and nobody cancels it.
+    """
+
+    def __init__(self, piece_nbytes: int, *, whole_demands: bool = False) -> None:
         self._piece_nbytes = piece_nbytes
+        self._whole_demands = whole_demands
         # Both in order of arrival: slot → its expert's bytes.
         self._demands: dict[int, int] = {}
         self._prefetches: dict[int, int] = {}
@@ -64,15 +69,20 @@ class CopyQueue:
         return True
 
     def next(self) -> Piece | None:
-        """Return the piece to submit now, and then to call `finish` for; None if nothing is asked for."""
-        copies = self._demands or self._prefetches
+        """Return the piece to submit next, between `begin` and `finish`; None if nothing is asked for."""
+        copies, is_demand = (self._demands, True) if self._demands else (self._prefetches, False)
         if not copies:
             return None
         slot, total = next(iter(copies.items()))
         offset = self._n_copied[slot]
-        nbytes = min(self._piece_nbytes, total - offset)
-        self._present = slot
-        return Piece(slot, offset, nbytes, is_first=offset == 0, is_last=offset + nbytes == total)
+        nbytes = total - offset
+        if not (is_demand and self._whole_demands):
+            nbytes = min(self._piece_nbytes, nbytes)
+        return Piece(slot, offset, nbytes, is_demand=is_demand, is_first=offset == 0, is_last=offset + nbytes == total)
+
+    def begin(self, piece: Piece) -> None:
+        """Note that the piece is being submitted."""
+        self._present = piece.slot
 
     def finish(self, piece: Piece) -> Outcome:
         """Note that the piece was submitted; return what that means for its slot."""

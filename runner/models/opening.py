@@ -41,7 +41,7 @@ _STEP_WIDTHS = 16
 # wins as much time (docs/LOG.md). In the logits of a gate, of which exp() is the likelihood.
 _MARGIN = 0.1
 # A piece of a copy: shorter ones cost the host more than giving up a wrong guess earlier wins.
-_CHUNK_S = 300e-6
+_CHUNK_S = 200e-6
 _CHUNK_NBYTES_MIN = 1 << 16
 
 

@@ -1,6 +1,6 @@
 """Whole models with their experts in a cache return what they return with experts in place, bit for bit."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +8,8 @@ import torch
 
 from expertd.convert.config import QuantizeConfig
 from quant.library import has_c_library
+from quant.timed_copies import Copies, start_copies
+from quant.timed_copies_reference import ThreadCopies
 from runner.config import RunnerConfig
 from runner.devices.link import LinkDevice
 from runner.devices.link_speed import LinkSpeed
@@ -92,6 +94,24 @@ def test_logits_have_the_same_bits_in_any_order_of_the_queues(store: LocalStore,
         cached = list(logits(store, config, random_order(seed)))
 
         assert all(torch.equal(a, b) for a, b in zip(cached, in_place, strict=True)), f"seed {seed}"
+
+
+@pytest.mark.parametrize("is_direct", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("new_copies", [start_copies, ThreadCopies])
+def test_logits_have_the_same_bits_whoever_copies_in_real_time(
+    store: LocalStore, new_copies: Callable[[], Copies], *, strict: bool, is_direct: bool
+) -> None:
+    in_place = list(logits(store, settings("cpu")))
+    plan = CachePlan(
+        is_guarded=False,
+        is_direct=is_direct,
+        new_device=lambda speed: LinkDevice(speed, strict=strict, new_copies=new_copies),
+    )
+
+    cached = list(logits(store, settings("link:1GB/s", cache_experts=3), plan))
+
+    assert all(torch.equal(a, b) for a, b in zip(cached, in_place, strict=True))
 
 
 @pytest.mark.parametrize("mode", [CacheMode.UNCACHED, CacheMode.NAIVE])

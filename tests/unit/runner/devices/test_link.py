@@ -6,6 +6,8 @@ from contextlib import closing, contextmanager
 import pytest
 import torch
 
+from quant.timed_copies import Copies, start_copies
+from quant.timed_copies_reference import ThreadCopies
 from runner.devices.device import Buffer
 from runner.devices.errors import Deadlock, ForeignBuffer, OutOfBounds
 from runner.devices.link import LinkDevice
@@ -16,6 +18,11 @@ from runner.errors import OutOfMemory
 
 FAST = LinkSpeed(1e12)
 SEEDS = range(300)
+NEW_COPIES: dict[str, Callable[[], Copies]] = {
+    "threads": start_copies,
+    "interpreter's threads": ThreadCopies,
+    "stepped": start_copies,
+}
 WAIT_S = 30.0  # for what comes at once; a test that waits so long has failed
 
 
@@ -23,16 +30,16 @@ class BrokenKernel(Exception):
     """An error of work that is submitted."""
 
 
-@pytest.fixture(params=["threads", "stepped"])
+@pytest.fixture(params=["threads", "interpreter's threads", "stepped"])
 def device(request: pytest.FixtureRequest) -> Iterator[LinkDevice]:
     scheduler = RandomScheduler(0) if request.param == "stepped" else None
-    with closing(LinkDevice(FAST, scheduler=scheduler)) as device:
+    with closing(LinkDevice(FAST, scheduler=scheduler, new_copies=NEW_COPIES[request.param])) as device:
         yield device
 
 
-@pytest.fixture
-def threaded() -> Iterator[LinkDevice]:
-    with closing(LinkDevice(FAST)) as device:
+@pytest.fixture(params=["threads", "interpreter's threads"])
+def threaded(request: pytest.FixtureRequest) -> Iterator[LinkDevice]:
+    with closing(LinkDevice(FAST, new_copies=NEW_COPIES[request.param])) as device:
         yield device
 
 
@@ -212,6 +219,25 @@ def test_work_behind_an_error_is_skipped_in_both_queues(threaded: LinkDevice) ->
         threaded.drain()
 
     assert (ran, slot.tensor.sum().item()) == ([], 0)
+
+
+def test_a_copy_behind_what_the_waiting_thread_is_to_compute_is_reached(device: LinkDevice) -> None:
+    ran: list[str] = []
+    slot = device.new_slot("slot", 8)
+    first, computed, second = (device.new_event(name) for name in ("first", "computed", "second"))
+    device.copy_in(torch.ones(8, dtype=torch.uint8), slot, 0, 8)
+    device.copies.record(first)
+    device.compute.wait(first)
+    device.launch(lambda: ran.append("computed"), is_awaited=True)
+    device.compute.record(computed)
+    device.copies.wait(computed)
+    device.copy_in(torch.full((8,), 2, dtype=torch.uint8), slot, 0, 8)
+    device.copies.record(second)
+
+    device.synchronize(second)
+
+    assert ran == ["computed"]
+    assert slot.tensor.tolist() == [2] * 8
 
 
 def test_closing_raises_an_error_that_nobody_was_told_of() -> None:

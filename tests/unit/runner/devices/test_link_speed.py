@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from runner.devices.link_speed import LinkClock, LinkSpeed, parse_link
+from runner.devices.link_speed import LinkSpeed, parse_link
 from runner.errors import DeviceUnavailable
 
 
@@ -51,24 +51,3 @@ def test_a_link_without_speed_is_refused() -> None:
 
 def test_a_copy_takes_the_latency_and_what_its_bytes_take() -> None:
     assert LinkSpeed(1e9, 10e-6).copy_s(500_000) == pytest.approx(510e-6, rel=1e-12)
-
-
-def test_a_copy_starts_when_the_one_before_it_ends_however_late_that_was_seen() -> None:
-    clock = LinkClock()
-    ends_s = [clock.end_of(1.0, submitted_at_s=10.0) for _ in range(100)]
-
-    assert ends_s == [pytest.approx(11.0 + n, rel=1e-12) for n in range(100)]
-
-
-def test_a_copy_into_an_idle_queue_starts_when_it_was_submitted() -> None:
-    clock = LinkClock()
-    clock.end_of(1.0, submitted_at_s=10.0)
-
-    assert clock.end_of(1.0, submitted_at_s=20.0) == 21.0
-
-
-def test_a_copy_starts_after_the_event_that_its_queue_waited_for() -> None:
-    clock = LinkClock()
-    clock.held_until(30.0)
-
-    assert clock.end_of(1.0, submitted_at_s=20.0) == 31.0

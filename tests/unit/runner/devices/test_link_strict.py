@@ -6,6 +6,8 @@ from contextlib import closing
 import pytest
 import torch
 
+from quant.timed_copies import start_copies
+from quant.timed_copies_reference import ThreadCopies
 from runner.devices.device import Buffer
 from runner.devices.errors import UnorderedAccess, UnrecordedEvent
 from runner.devices.link import LinkDevice, LinkEvent
@@ -19,9 +21,11 @@ SEEDS = [None, *range(300)]  # None: in real time
 WAIT_S = 30.0  # for what comes at once; a test that waits so long has failed
 
 
-@pytest.fixture(params=["threads", "stepped"])
+@pytest.fixture(params=["threads", "interpreter's threads", "stepped"])
 def device(request: pytest.FixtureRequest) -> Iterator[LinkDevice]:
-    with closing(strict_device(None if request.param == "threads" else 0)) as device:
+    scheduler = RandomScheduler(0) if request.param == "stepped" else None
+    new_copies = ThreadCopies if request.param == "interpreter's threads" else start_copies
+    with closing(LinkDevice(SPEED, strict=True, scheduler=scheduler, new_copies=new_copies)) as device:
         yield device
 
 

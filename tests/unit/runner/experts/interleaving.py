@@ -31,8 +31,8 @@ class Interleaving:
         self._thread.shutdown()
 
     def before_call(self, call: str, name: str) -> bool:
-        # The model's thread holds the cache's lock, which a step takes, in none of the calls that are watched.
-        if self.engine is not None and not self._is_stepping:
+        # The model's thread holds the cache's lock, which a step takes, in no other of the calls that are watched.
+        if self.engine is not None and not self._is_stepping and call != "observe":
             while self._random.random() < self._eagerness and self.step(self.engine):
                 pass
         return not self._leaves_out(call, name)

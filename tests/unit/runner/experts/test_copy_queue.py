@@ -5,7 +5,10 @@ from runner.experts.copy_queue import CopyQueue, Outcome, Piece
 
 def submitted(queue: CopyQueue) -> tuple[Piece, Outcome] | None:
     piece = queue.next()
-    return None if piece is None else (piece, queue.finish(piece))
+    if piece is None:
+        return None
+    queue.begin(piece)
+    return piece, queue.finish(piece)
 
 
 def slots_in_order(queue: CopyQueue) -> list[int]:
@@ -22,9 +25,9 @@ def test_a_record_is_cut_into_pieces_that_cover_it() -> None:
     done = [submitted(queue) for _ in range(4)]
 
     assert done == [
-        (Piece(7, 0, 100, is_first=True, is_last=False), Outcome.MORE),
-        (Piece(7, 100, 100, is_first=False, is_last=False), Outcome.MORE),
-        (Piece(7, 200, 50, is_first=False, is_last=True), Outcome.FILLED),
+        (Piece(7, 0, 100, is_demand=True, is_first=True, is_last=False), Outcome.MORE),
+        (Piece(7, 100, 100, is_demand=True, is_first=False, is_last=False), Outcome.MORE),
+        (Piece(7, 200, 50, is_demand=True, is_first=False, is_last=True), Outcome.FILLED),
         None,
     ]
 
@@ -50,6 +53,30 @@ def test_what_is_waited_for_comes_between_the_pieces_of_a_prefetch() -> None:
     assert queue.is_empty
 
 
+def test_what_is_waited_for_may_be_one_piece_whatever_was_copied_of_it_before() -> None:
+    queue = CopyQueue(100, whole_demands=True)
+    queue.add(0, 450, is_demand=False)
+    queue.add(1, 250, is_demand=True)
+    demanded = submitted(queue)
+    submitted(queue)
+    queue.promote(0)
+
+    promoted = submitted(queue)
+
+    assert demanded == (Piece(1, 0, 250, is_demand=True, is_first=True, is_last=True), Outcome.FILLED)
+    assert promoted == (Piece(0, 100, 350, is_demand=True, is_first=False, is_last=True), Outcome.FILLED)
+
+
+def test_a_copy_that_was_only_looked_at_can_be_cancelled_at_once() -> None:
+    queue = CopyQueue(100)
+    queue.add(0, 300, is_demand=False)
+    queue.next()
+
+    is_over = queue.cancel(0)
+
+    assert is_over
+
+
 def test_copies_of_a_kind_are_made_one_after_the_other() -> None:
     queue = CopyQueue(100)
     for slot in (3, 1):
@@ -71,7 +98,7 @@ def test_a_prefetch_that_is_waited_for_goes_on_where_it_was() -> None:
 
     last = submitted(queue)
 
-    assert last == (Piece(1, 100, 100, is_first=False, is_last=True), Outcome.FILLED)
+    assert last == (Piece(1, 100, 100, is_demand=True, is_first=False, is_last=True), Outcome.FILLED)
 
 
 def test_promoting_what_is_not_being_copied_changes_nothing() -> None:
@@ -99,6 +126,7 @@ def test_a_copy_that_is_cancelled_within_a_piece_ends_behind_it() -> None:
     queue.add(0, 100, is_demand=False)
     piece = queue.next()
     assert piece is not None
+    queue.begin(piece)
 
     is_over = queue.cancel(0)
     outcome = queue.finish(piece)
@@ -115,4 +143,4 @@ def test_a_slot_whose_copy_was_cancelled_can_be_filled_again_from_the_start() ->
     queue.cancel(0)
     queue.add(0, 100, is_demand=True)
 
-    assert submitted(queue) == (Piece(0, 0, 100, is_first=True, is_last=True), Outcome.FILLED)
+    assert submitted(queue) == (Piece(0, 0, 100, is_demand=True, is_first=True, is_last=True), Outcome.FILLED)

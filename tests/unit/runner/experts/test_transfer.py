@@ -1,8 +1,10 @@
 """The copy engine: what reaches a slot, in which pieces, and how its thread ends."""
 
 import random
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from runner.experts.counters import Tally
 from runner.experts.errors import CopyFailed
 from runner.experts.slots import SlotTable
 from runner.experts.transfer import CopyEngine, DeviceSlot, new_slots, staging_nbytes
+from tests.support.waiting import wait_until
 from tests.unit.runner.experts.watched_device import WatchedDevice, Watcher
 
 CHUNK_NBYTES = 64
@@ -125,19 +128,41 @@ def test_no_more_than_two_copies_lie_in_the_copy_queue() -> None:
 def test_what_is_waited_for_overtakes_a_prefetch_between_two_pieces() -> None:
     copied: list[str] = []
 
-    def watch(call: str, name: str) -> bool:
-        if call == "copy_in":
-            copied.append(name)
-        return True
-
     with strict_device() as device:
-        rig = Rig(WatchedDevice(device, watch))
+        rig = Rig(WatchedDevice(device, noting_copies(copied)))
         guessed = rig.prefetch(5, record_of(5, 4 * CHUNK_NBYTES))
         rig.engine.step()
         demanded = rig.demand(0, record_of(0, 2 * CHUNK_NBYTES))
         rig.wait_for(guessed)
 
     assert copied == [f"slot {slot}" for slot in (guessed, demanded, demanded, guessed, guessed, guessed)]
+
+
+def noting_copies(copied: list[str]) -> Watcher:
+    def watch(call: str, name: str) -> bool:
+        if call == "copy_in":
+            copied.append(name)
+        return True
+
+    return watch
+
+
+@contextmanager
+def busy_copies(device: LinkDevice) -> Iterator[None]:
+    """Let no copy be made inside the `with`."""
+    gate = threading.Event()
+    computed = device.new_event("computed")
+    device.launch(lambda: assert_set(gate))
+    device.compute.record(computed)
+    device.copies.wait(computed)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
+def assert_set(gate: threading.Event) -> None:
+    assert gate.wait(30.0)
 
 
 def test_a_slot_is_refilled_rightly_behind_a_cancelled_copy() -> None:
@@ -235,3 +260,98 @@ def test_closing_twice_is_closing_once() -> None:
         rig = Rig(device, is_stepped=False)
         with rig.engine:
             rig.engine.close()
+
+
+def test_who_demands_submits_the_whole_record_where_nothing_is_staged() -> None:
+    copied: list[str] = []
+
+    with strict_device() as device:
+        rig = Rig(WatchedDevice(device, noting_copies(copied)), is_direct=True)
+        slots = [rig.demand(expert, record_of(expert)) for expert in (0, 1)]
+        rig.engine.go_on()
+
+        assert copied == [f"slot {slot}" for slot in slots]
+        assert all(rig.table.is_ready(slot) for slot in slots)
+
+
+def test_who_foresees_submits_no_more_than_there_is_room_for() -> None:
+    copied: list[str] = []
+
+    with closing(LinkDevice(FAST)) as device:
+        rig = Rig(WatchedDevice(device, noting_copies(copied)), is_direct=True)
+        with busy_copies(device):
+            slot = rig.prefetch(5, record_of(5, 4 * CHUNK_NBYTES))
+            rig.engine.go_on()
+            copied_while_busy = list(copied)
+        device.drain()
+        rig.engine.go_on()
+
+    assert copied_while_busy == [f"slot {slot}"] * 2
+    assert copied == [f"slot {slot}"] * 4
+
+
+def test_nothing_is_submitted_by_who_asks_where_it_is_staged() -> None:
+    copied: list[str] = []
+
+    with strict_device() as device:
+        rig = Rig(WatchedDevice(device, noting_copies(copied)))
+        rig.demand(0, record_of(0))
+        rig.engine.go_on()
+
+        assert copied == []
+
+
+def test_one_thread_submits_at_a_time() -> None:
+    others: list[bool] = []
+    engines: list[CopyEngine] = []
+
+    def watch(call: str, _name: str) -> bool:
+        if call == "copy_in" and not others:
+            with ThreadPoolExecutor(1) as pool:
+                others.append(pool.submit(engines[0].step).result())
+        return True
+
+    with strict_device() as device:
+        rig = Rig(WatchedDevice(device, watch), is_direct=True)
+        engines.append(rig.engine)
+        rig.demand(0, record_of(0))
+        rig.demand(1, record_of(1))
+        rig.engine.go_on()
+
+        assert others == [False]
+        assert rig.tally.copied_nbytes == 2000
+
+
+def test_a_thread_that_left_a_step_by_an_exception_begins_it_again() -> None:
+    interrupts = [KeyboardInterrupt()]
+
+    def watch(call: str, _name: str) -> bool:
+        if call == "copy_in" and interrupts:
+            raise interrupts.pop()
+        return True
+
+    with strict_device() as device:
+        rig = Rig(WatchedDevice(device, watch), is_direct=True)
+        slot = rig.demand(0, record_of(0))
+        with pytest.raises(KeyboardInterrupt):
+            rig.engine.go_on()
+        rig.engine.go_on()
+        rig.engine.close()
+
+        assert torch.equal(rig.slots[slot].buffer.tensor[:1000], record_of(0))
+
+
+def test_the_thread_is_called_for_a_prefetch_once_the_copies_were_over_before_somebody_came_by() -> None:
+    with threaded_device() as device:
+        rig = Rig(device, is_stepped=False, is_direct=True)
+        with rig.engine:
+            slot = rig.prefetch(5, record_of(5))
+            with busy_copies(device):
+                rig.engine.go_on()
+            device.drain()
+            with rig.engine.condition:
+                rig.engine.come_by()
+            with busy_copies(device):
+                rig.engine.go_on()
+
+            wait_until(lambda: rig.table.is_ready(slot), "the rest of the prefetch")
