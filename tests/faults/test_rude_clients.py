@@ -32,6 +32,19 @@ def connect(daemon: DaemonProcess) -> socket.socket:
     return fdpass.connect(daemon.directory.control_socket, 10.0)
 
 
+def connect_at_last(daemon: DaemonProcess) -> socket.socket:
+    """Connect as soon as there is room among those that wait to be accepted: a busy machine lets them wait."""
+    connected: list[socket.socket] = []
+
+    def is_connected() -> bool:
+        with suppress(DaemonUnavailable):
+            connected.append(connect(daemon))
+        return bool(connected)
+
+    wait_until(is_connected, "room for another connection")
+    return connected[0]
+
+
 def is_dropped(sock: socket.socket) -> bool:
     """Whether the daemon has hung up; what it said before is read."""
     try:
@@ -86,7 +99,7 @@ def test_who_says_no_hello_is_dropped_however_many_they_are(
     daemon: DaemonProcess, store: Path, manifest: Manifest
 ) -> None:
     """300 silent connections: as many as may be sessions wait for their time to be up, the rest is turned away."""
-    silent = [connect(daemon) for _ in range(300)]
+    silent = [connect_at_last(daemon) for _ in range(300)]
     # The daemon's own clock decides here; at the unit level the time is an input.
     dropped = [is_dropped(sock) for sock in silent]
     for sock in silent:
