@@ -19,7 +19,7 @@ from benchmarks.figures import Figure, table
 from benchmarks.full import measure_full
 from benchmarks.larger import measure_larger_demo, measure_larger_layers
 from benchmarks.layers import measure_layers
-from benchmarks.machine import describe_machine
+from benchmarks.machine import Machine, describe_machine
 from benchmarks.peer import LLAMA_BENCH, find_llama_bench
 from benchmarks.processes import Environment
 from benchmarks.quality import measure_quality, quality_table
@@ -31,6 +31,7 @@ from benchmarks.several import measure_several
 from benchmarks.slots import measure_slots
 from benchmarks.store import measure_store
 from benchmarks.tiered import measure_tiered, measure_tiered_disk
+from quant.errors import StaleLibrary
 from tools.demo.cache import cache_folder
 
 Measure = Callable[[Environment, Settings], list[Figure]]
@@ -125,12 +126,13 @@ def cli(
     try:
         settings = _settings(rounds, threads, schemes, kernels, paths)
         settings = replace(settings, tokens=tokens, runs=runs, tiers=tiers or _TIERS)
-    except BenchmarkError as error:
+        machine = describe_machine()
+    except (BenchmarkError, StaleLibrary) as error:
         _complain(error)
         sys.exit(1)
     chosen = _chosen(names, settings)
     figures = _measure(chosen, settings)
-    _report(figures, out)
+    _report(machine, figures, out)
     sys.exit(len(figures) < len(chosen))
 
 
@@ -190,12 +192,11 @@ def _measure(names: Sequence[str], settings: Settings) -> dict[str, list[Figure]
     return figures
 
 
-def _complain(error: BenchmarkError) -> None:
+def _complain(error: Exception) -> None:
     click.echo(f"benchmarks: {error}", err=True)
 
 
-def _report(figures: dict[str, list[Figure]], out: Path | None) -> None:
-    machine = describe_machine()
+def _report(machine: Machine, figures: dict[str, list[Figure]], out: Path | None) -> None:
     click.echo(f"{machine.summary}\ncommit {machine.commit}")
     for name, measured in figures.items():
         click.echo(f"\n{name}\n\n{table(measured)}")

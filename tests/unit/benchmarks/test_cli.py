@@ -10,6 +10,7 @@ from benchmarks.errors import NothingToMeasure
 from benchmarks.figures import Figure
 from benchmarks.processes import Environment
 from benchmarks.settings import Settings
+from quant.errors import StaleLibrary
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +105,19 @@ def test_an_unknown_measurement_is_refused_with_those_that_there_are() -> None:
 
     assert result.exit_code == 2
     assert "'kernels'" in result.stderr
+
+
+def test_a_library_of_another_version_is_told_before_anything_is_measured(
+    seen: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe() -> None:
+        raise StaleLibrary("libexpertd_kernels.so: version 6, this code needs 7; install the package again")
+
+    monkeypatch.setattr(module, "describe_machine", describe)
+
+    result = CliRunner().invoke(cli, ["layers"])
+
+    assert (result.exit_code, seen) == (1, [])
+    assert result.stderr == (
+        "benchmarks: libexpertd_kernels.so: version 6, this code needs 7; install the package again\n"
+    )
