@@ -53,6 +53,8 @@ def _demand_s(
                 guessed = table.guess(0, 1)
                 assert guessed is not None  # noqa: S101 - all slots are spare
                 engine.submit(guessed, source, is_demand=False)
+            engine.go_on()
+            with engine.condition:
                 while not tally.copied_nbytes:
                     engine.condition.wait(_POLL_S)
         began_s = perf_counter()
@@ -60,6 +62,8 @@ def _demand_s(
             claim = table.claim(0, 0)
             assert claim is not None  # noqa: S101 - all slots but one are spare
             engine.submit(claim.slot, source, is_demand=True)
+        engine.go_on()
+        with engine.condition:
             while not table.is_ready(claim.slot):
                 engine.wait()
         device.synchronize(slots[claim.slot].ready)
