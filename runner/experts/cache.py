@@ -119,8 +119,7 @@ class CachedExperts:
         self._guesses: list[tuple[int, Guess]] = []
         # A call that was left by an exception has pins that no event answers for.
         self._is_in_call = False
-        self._step_began_s = 0.0
-        self._step_began_misses = 0
+        self._step_began_s, self._step_began_misses = 0.0, 0
         self._engine.start()
 
     def __enter__(self) -> Self:
@@ -230,7 +229,7 @@ class CachedExperts:
                 return
 
     def _take(self, wanted: Wanted, expert: int, claim: Claim) -> None:
-        """Ask for the copy into a slot that was claimed, unless it was prefetched; under the lock."""
+        """Ask for the copy into a claimed slot, unless it was prefetched; under the lock."""
         if claim.is_new:
             self._engine.submit(claim.slot, self._source(wanted.layer, expert), is_demand=True)
         elif not self._table.is_ready(claim.slot):
@@ -323,11 +322,15 @@ class CachedExperts:
             self._claim_slots(wanted)
         self._go_on(wanted)
         with self._lock:
-            while not wanted.may_launch:
+            while not self._has_more(wanted):
                 self._engine.wait()
-                self._claim_slots(wanted)
-                wanted.collect(self._table.is_ready)
             self._tally.waited_s += self._clock() - began_s
+
+    def _has_more(self, wanted: Wanted) -> bool:
+        """Note what the engine did; return whether something may be launched; under the lock that `wait` begins in."""
+        self._claim_slots(wanted)
+        wanted.collect(self._table.is_ready)
+        return wanted.may_launch
 
     def _copy_unused(self, layer: int, groups: Sequence[Sequence[int]]) -> None:
         """Copy all of the layer's experts but those; nobody computes with them."""

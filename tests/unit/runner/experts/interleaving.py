@@ -1,4 +1,4 @@
-"""The copy engine, one step at a time between the model's calls of the device, as a seed says.
+"""The copy engine, one step at a time between the model's calls of the device and of the lock, as a seed says.
 
 Each step runs in a thread of its own, as the engine does in earnest, so that a strict device sees two host threads; the
 caller waits for the step, so that the order is the seed's.
@@ -7,6 +7,7 @@ caller waits for the step, so that the order is the seed's.
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
@@ -32,10 +33,14 @@ class Interleaving:
 
     def before_call(self, call: str, name: str) -> bool:
         # The model's thread holds the cache's lock, which a step takes, in no other of the calls that are watched.
-        if self.engine is not None and not self._is_stepping and call != "observe":
+        if call != "observe":
+            self.step_some()
+        return not self._leaves_out(call, name)
+
+    def step_some(self) -> None:
+        if self.engine is not None and not self._is_stepping:
             while self._random.random() < self._eagerness and self.step(self.engine):
                 pass
-        return not self._leaves_out(call, name)
 
     def step(self, engine: CopyEngine) -> bool:
         self._is_stepping = True
@@ -43,3 +48,18 @@ class Interleaving:
             return self._thread.submit(engine.step).result()
         finally:
             self._is_stepping = False
+
+
+class SteppedLock:
+    """The cache's lock; the engine may take steps before the model's thread has it."""
+
+    def __init__(self, lock: AbstractContextManager[object], interleaving: Interleaving) -> None:
+        self._lock = lock
+        self._interleaving = interleaving
+
+    def __enter__(self) -> None:
+        self._interleaving.step_some()
+        self._lock.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._lock.__exit__(kind, error, at)

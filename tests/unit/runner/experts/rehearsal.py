@@ -16,7 +16,7 @@ from runner.experts.cache import CachedExperts, CacheMode, CacheSettings
 from runner.experts.compute import CExperts
 from runner.experts.counters import Counters
 from runner.experts.in_place import InPlaceExperts
-from tests.unit.runner.experts.interleaving import Interleaving
+from tests.unit.runner.experts.interleaving import Interleaving, SteppedLock
 from tests.unit.runner.experts.tiny_store import HIDDEN, N_EXPERTS, N_LAYERS, RECORD_NBYTES, TOP_K, TinyStore
 from tests.unit.runner.experts.watched_device import WatchedDevice
 
@@ -101,6 +101,7 @@ def rehearse(
         compute = CExperts(TinyStore().manifest, workspace)
         experts = CachedExperts(TinyStore(), watched, compute, settings, stepped_by=interleaving.step)
         interleaving.engine = experts._engine
+        experts._lock = SteppedLock(experts._lock, interleaving)  # type: ignore[assignment]
         outputs = []
         for step, following in zip(steps, [*steps[1:], None], strict=True):
             if following is not None:
