@@ -72,15 +72,21 @@ def short_text(wide_store: Path, short_tmp: Path) -> bytes:
     return undisturbed_text(short_tmp / "short-text", wide_store, *SHORT)
 
 
-def are_attached(runtime: RuntimeDir, runners: list[PacedRunner], digest: str) -> bool:
-    """Let every runner go on a little; return whether the daemon, if one answers, counts them all."""
+def status_after_a_little(runtime: RuntimeDir, runners: list[PacedRunner]) -> Status | None:
+    """Let every runner go on a little; return what the daemon says then, None if none answers."""
     for runner in runners:
         assert runner.go_on(), f"a text has ended too early: {runner.complaint()}"
     try:
         with ControlClient(runtime) as client:
-            stores = client.ask(m.GetStatus(), Status).stores
+            return client.ask(m.GetStatus(), Status)
     except DaemonUnavailable:
-        return False
+        return None
+
+
+def are_attached(runtime: RuntimeDir, runners: list[PacedRunner], digest: str) -> bool:
+    """Let every runner go on a little; return whether the daemon, if one answers, counts them all."""
+    status = status_after_a_little(runtime, runners)
+    stores = status.stores if status is not None else ()
     return [store.n_sessions for store in stores if store.digest == digest] == [len(runners)]
 
 
@@ -89,12 +95,8 @@ def has_computed(runtime: RuntimeDir, runner: PacedRunner) -> bool:
 
     Where no daemon lived for as long, a layer would never come to its end, and the runner gives up at some time.
     """
-    assert runner.go_on(), f"a text has ended too early: {runner.complaint()}"
-    try:
-        with ControlClient(runtime) as client:
-            sessions = client.ask(m.GetStatus(), Status).sessions
-    except DaemonUnavailable:
-        return False
+    status = status_after_a_little(runtime, [runner])
+    sessions = status.sessions if status is not None else ()
     # More experts than one layer has for a token: it has come to the next one.
     return any(session.pid == runner.process.pid and session.n_hits + session.n_misses > TOP_K for session in sessions)
 
